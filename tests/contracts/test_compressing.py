@@ -26,7 +26,7 @@ from upcycle.files.output.workspace import LAYER_BLUEPRINTS
 from upcycle.recipe.conversion_recipe import parse_recipe, read_recipe
 from upcycle.registry import METHODS, load
 
-pytestmark = pytest.mark.one_in(20)  # the other cases are long
+pytestmark = pytest.mark.one_in(40)  # the other cases are long
 
 Models = Callable[..., Path]
 COMPRESSIONS = [
@@ -94,7 +94,7 @@ def test_every_method_and_architecture_is_here() -> None:
     assert {PICO_MOE[name][0] for _, name, _ in CELLS} == set(MOES)
 
 
-@pytest.mark.one_in(120)
+@pytest.mark.one_in(240)
 @pytest.mark.parametrize(("method", "name", "fused"), CELLS)
 def test_keeping_all_changes_nothing_bit_for_bit(
     method: str, name: str, fused: bool, pico_moe: Models, tmp_path: Path
@@ -108,7 +108,7 @@ def test_keeping_all_changes_nothing_bit_for_bit(
     assert all(torch.equal(before[key], tensor) for key, tensor in after.items())
 
 
-@pytest.mark.one_in(120)
+@pytest.mark.one_in(240)
 @pytest.mark.parametrize(("method", "name", "fused"), CELLS)
 def test_a_smaller_model_loads_in_stock_transformers_and_writes(
     method: str, name: str, fused: bool, pico_moe: Models, tmp_path: Path
@@ -139,7 +139,7 @@ def test_a_smaller_model_loads_in_stock_transformers_and_writes(
     assert result.plan.parameters_total < result.plan.parameters_dense or method in SAME_SIZE
 
 
-@pytest.mark.one_in(8)
+@pytest.mark.one_in(60)
 @pytest.mark.parametrize("method", NAMES)
 def test_same_inputs_give_the_same_bytes_as_planned(method: str, pico_moe: Models, tmp_path: Path) -> None:
     keys = {"method": method, **quick(method), "max_shard_size": "60KB"}
@@ -165,7 +165,7 @@ def tries(method: str) -> bool:
     return bool(made(made.Parameters()).tries)
 
 
-@pytest.mark.one_in(24)
+@pytest.mark.one_in(48)
 @pytest.mark.parametrize("refit", ["none", "down"])
 @pytest.mark.parametrize(
     ("method", "name"),
@@ -190,7 +190,7 @@ def test_the_order_of_the_experts_does_not_matter(
     assert torch.dist(one, two) < 1e-4 * torch.linalg.norm(one)  # sums in another order, and least squares of them
 
 
-@pytest.mark.one_in(12)
+@pytest.mark.one_in(60)
 @pytest.mark.parametrize(
     ("method", "stop"),
     [
@@ -256,7 +256,7 @@ def test_a_method_that_runs_layers_asks_for_text_beside_observations(
     assert plan.calibration_tokens == TEXT["tokens"]
 
 
-@pytest.mark.one_in(8)
+@pytest.mark.one_in(16)
 @pytest.mark.parametrize("method", [name for name in NAMES if not tries(name) and not load("method", name).makes])
 def test_observations_of_the_same_text_decide_the_same(method: str, pico_moe: Models, tmp_path: Path) -> None:
     source, seen = str(pico_moe("mixtral" if method in INSIDE else "dots1")), tmp_path / "seen.safetensors"
@@ -271,7 +271,7 @@ def test_observations_of_the_same_text_decide_the_same(method: str, pico_moe: Mo
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-@pytest.mark.one_in(12)
+@pytest.mark.one_in(24)
 @pytest.mark.parametrize("method", NAMES)
 def test_a_changed_tensor_is_found_by_name(method: str, pico_moe: Models, tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -307,7 +307,7 @@ def test_keys_that_mean_nothing_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.one_in(8)
+@pytest.mark.one_in(16)
 @pytest.mark.parametrize("method", NAMES)
 def test_half_precision_is_kept_and_refits_are_rounded_once(method: str, pico_moe: Models, tmp_path: Path) -> None:
     source = shutil.copytree(pico_moe("mixtral"), tmp_path / "half")

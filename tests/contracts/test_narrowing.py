@@ -49,7 +49,7 @@ def test_every_family_is_here() -> None:
     assert {PICO[name][0] for _, name in CELLS} == set(FAMILIES)
 
 
-@pytest.mark.one_in(48)
+@pytest.mark.one_in(96)
 @pytest.mark.parametrize(("method", "name"), CELLS)
 def test_a_narrower_model_loads_in_stock_transformers_and_writes(
     method: str, name: str, pico: Pico, tmp_path: Path
@@ -73,7 +73,7 @@ def test_a_narrower_model_loads_in_stock_transformers_and_writes(
     assert all(layer["ffn"]["missing_after"] <= layer["ffn"]["missing_before"] for layer in layers.values())
 
 
-@pytest.mark.one_in(48)
+@pytest.mark.one_in(96)
 @pytest.mark.parametrize(("method", "name"), CELLS)
 def test_keeping_all_changes_nothing_bit_for_bit(method: str, name: str, pico: Pico, tmp_path: Path) -> None:
     result = upcycle.convert(str(pico(name)), tmp_path / "out", method=method, keep=1, verification={"tokens": 64})
@@ -84,7 +84,7 @@ def test_keeping_all_changes_nothing_bit_for_bit(method: str, name: str, pico: P
     assert all(torch.equal(before[key], tensor) for key, tensor in after.items())
 
 
-@pytest.mark.one_in(8)
+@pytest.mark.one_in(16)
 @pytest.mark.parametrize("refit", ["none", "down"])
 @pytest.mark.parametrize("name", WITH_HEADS)
 def test_narrow_heads_are_whole_ones_with_zeros(name: str, refit: str, pico: Pico, tmp_path: Path) -> None:
@@ -124,6 +124,7 @@ def test_heads_that_no_stock_class_holds_narrower_are_refused(name: str, pico: P
         upcycle.plan(str(pico(name)), method="modegpt", **QUICK, parameters={"heads": 0.5})
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", NAMES)
 def test_same_inputs_give_the_same_bytes_and_a_stopped_run_continues(
     method: str, pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -25,7 +25,7 @@ from upcycle.recipe.conversion_recipe import parse_recipe
 from upcycle.verification import verify_experts
 from upcycle.verification.media import MediaCheck
 
-pytestmark = pytest.mark.one_in(10)  # the other cases are long
+pytestmark = pytest.mark.one_in(20)  # the other cases are long
 
 Tower = Callable[..., Path]
 FIRST = list({wrapper: (wrapper, text) for wrapper, text in reversed(CASES)}.values())[::-1]
@@ -56,7 +56,7 @@ def blocks_of(model: Any, body: str = "language_model") -> dict[bool, list[str]]
     return {other: [n for n in names if (body not in n and "text_model" not in n) == other] for other in (False, True)}
 
 
-@pytest.mark.one_in(10)
+@pytest.mark.one_in(20)
 @pytest.mark.parametrize(("wrapper", "text"), FIRST)
 @torch.no_grad()
 def test_all_parts_together_give_the_dense_logits_of_texts_and_images(
@@ -95,7 +95,7 @@ def test_all_parts_together_give_the_dense_logits_of_texts_and_images(
     assert not found[True] or difference(moe(**inputs).logits, dense(**inputs).logits) > 100 * TOLERANCE
 
 
-@pytest.mark.one_in(10)
+@pytest.mark.one_in(20)
 @pytest.mark.parametrize("part", ["vision", "connector"])
 @pytest.mark.parametrize(("wrapper", "text"), FIRST)
 def test_a_single_part_becomes_experts_or_is_refused_with_the_reason(

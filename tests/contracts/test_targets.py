@@ -76,7 +76,7 @@ def logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     return result
 
 
-@pytest.mark.one_in(18)
+@pytest.mark.one_in(36)
 @pytest.mark.parametrize(
     ("name", "target", "keys"),
     CASES,
@@ -101,7 +101,7 @@ def test_every_family_and_target_has_a_cell() -> None:
     assert {target for _, target in listed} == set(TARGETS)
 
 
-@pytest.mark.one_in(30)
+@pytest.mark.one_in(60)
 @pytest.mark.parametrize("target", TARGETS)
 def test_both_layouts_load_bit_equal_and_stream(
     target: str, pico: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -119,7 +119,7 @@ def test_both_layouts_load_bit_equal_and_stream(
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
-@pytest.mark.one_in(8)
+@pytest.mark.one_in(16)
 @pytest.mark.parametrize("target", TARGETS)
 def test_sparse_splits_add_up_with_every_expert_active(
     target: str, pico: Callable[[str], Path], tmp_path: Path
@@ -133,7 +133,7 @@ def test_sparse_splits_add_up_with_every_expert_active(
     assert result.all_experts_error < 1e-6
 
 
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(12)
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_cool_router_keeps_its_bound_on_every_target(
     target: str, pico: Callable[[str], Path], tmp_path: Path
@@ -153,7 +153,7 @@ def test_the_cool_router_keeps_its_bound_on_every_target(
     assert (weights.sum(dim=1) - load("target", target)().weight_sum).abs().max() < 1e-5
 
 
-@pytest.mark.one_in(8)
+@pytest.mark.one_in(16)
 @pytest.mark.parametrize("target", [t for t in TARGETS if Feature.DENSE_FIRST in load("target", t).holds])
 def test_dense_layers_come_first(target: str, pico: Callable[[str], Path], tmp_path: Path) -> None:
     keys = {"target": target, "layers": [1, 2], **UPCYCLED}
@@ -280,7 +280,7 @@ SET = {(PICO[name][0], target) for name, target, _ in TRAPS}
 TRAPS += [(name, cell[1], TRAP_OF.get(cell[1], {})) for cell, name in FIRST.items() if cell not in SET]
 
 
-@pytest.mark.one_in(40)
+@pytest.mark.one_in(80)
 @pytest.mark.parametrize(("name", "target", "changes"), TRAPS)
 def test_a_wrong_key_is_found_by_verify(
     name: str, target: str, changes: dict[str, Any], pico: Callable[[str], Path], tmp_path: Path

@@ -25,7 +25,7 @@ from upcycle.files.output.workspace import LAYER_BLUEPRINTS
 from upcycle.methods.compressing.to_dense import ToDense
 from upcycle.recipe.conversion_recipe import parse_recipe, read_recipe
 
-pytestmark = pytest.mark.one_in(16)  # the other cases are long
+pytestmark = pytest.mark.one_in(32)  # the other cases are long
 
 Models = Callable[..., Path]
 TEXT: dict[str, Any] = {"text": "demo", "tokens": 512, "window": 32}
@@ -50,7 +50,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-@pytest.mark.one_in(12)
+@pytest.mark.one_in(24)
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", [name for name in PICO_MOE if name not in WITHOUT])
 def test_it_loads_in_stock_transformers_and_writes(name: str, fused: bool, pico_moe: Models, tmp_path: Path) -> None:
@@ -93,6 +93,7 @@ def test_a_split_whose_experts_all_run_goes_back_to_the_dense_function(
     assert torch.equal(one[gate].sort(0).values, two[gate].sort(0).values)
 
 
+@pytest.mark.long
 def test_the_average_of_copies_is_the_model_that_was_copied(pico: Models, tmp_path: Path) -> None:
     dense, moe, out = pico("mistral"), tmp_path / "moe", tmp_path / "out"
     upcycle.convert(str(dense), moe, method="sparse_upcycling", experts=4, top_k=2, verification={"tokens": 64})
@@ -116,6 +117,7 @@ def test_the_refit_makes_up_for_what_is_gone(pico_moe: Models, tmp_path: Path) -
     assert first["missing_after"] < 0.8 * first["missing_before"]
 
 
+@pytest.mark.long
 def test_same_inputs_give_the_same_bytes_as_planned(pico_moe: Models, tmp_path: Path) -> None:
     keys, source = {**QUICK, "keep": 0.5, "max_shard_size": "60KB"}, str(pico_moe("qwen3_moe"))
     plan = upcycle.plan(source, **keys)
@@ -129,6 +131,7 @@ def test_same_inputs_give_the_same_bytes_as_planned(pico_moe: Models, tmp_path: 
     assert not (tmp_path / "one" / LAYER_BLUEPRINTS).exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("gather", ["neurons", "svd_kg"])
 def test_a_stopped_run_continues_byte_equal(
     gather: str, pico_moe: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

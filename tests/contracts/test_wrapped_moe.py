@@ -22,7 +22,7 @@ from upcycle.errors import RefusalError, UsageError
 from upcycle.models.own.moe_block import MoeBlock
 from upcycle.registry import METHODS, load
 
-pytestmark = pytest.mark.one_in(24)  # the other cases are long
+pytestmark = pytest.mark.one_in(48)  # the other cases are long
 
 Models = Callable[..., Path]
 TEXT: dict[str, Any] = {"text": "demo", "tokens": 512, "window": 32}
@@ -69,7 +69,7 @@ def test_keeping_all_is_the_stock_model_in_other_tensors(
     assert len(blocks) == sum("router.weight" in name for name, _ in wrapped.named_parameters()) > 0
 
 
-@pytest.mark.one_in(32)
+@pytest.mark.one_in(64)
 @pytest.mark.parametrize("refit", ["none", "down"])
 @pytest.mark.parametrize("method", ["naee", "hc_smoe", "slim", "lower_top_k"])
 @pytest.mark.parametrize("name", ["mixtral", "dots1", "qwen2_moe", "lfm2_moe", "flex_olmo"])
@@ -140,6 +140,7 @@ def test_a_copy_of_the_folder_is_compressed_with_the_family_it_came_from(pico: M
 WRAPPED = [name for name in METHODS if load("method", name).kind == "compression" and load("method", name).wrapped]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", WRAPPED)
 def test_what_no_stock_class_holds_keeps_all_exactly(method: str, pico_moe: Models, tmp_path: Path) -> None:
     result = upcycle.convert(str(pico_moe("dots1")), tmp_path / "out", method=method, keep=1.0, **KEYS)

@@ -26,7 +26,7 @@ from upcycle.report.data.collect import Wanted
 from upcycle.trainers.routing.stock_routers import moe_layers
 from upcycle.verification import verify_experts
 
-pytestmark = pytest.mark.one_in(8)  # the other cases are long
+pytestmark = pytest.mark.one_in(16)  # the other cases are long
 
 CAUSAL = [name for name, (_, kind, _) in SMALL.items() if kind == "CausalLM"]
 NORMED = ["gemma2", "gemma3_text", "olmo3", "glm4", "exaone4", "hyperclovax"]
@@ -78,7 +78,7 @@ def ids_below(most: int) -> torch.Tensor:
     return torch.randint(5, most, (2, 24), generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.one_in(10)
+@pytest.mark.one_in(20)
 @pytest.mark.parametrize("keys", [COPIES, SPLIT, SHARED], ids=["copies", "split", "shared"])
 @pytest.mark.parametrize("name", CAUSAL)
 def test_every_described_model_converts_exactly(
@@ -94,7 +94,7 @@ def test_every_described_model_converts_exactly(
     assert relative_error(logits(tmp_path / "out", ids), logits(small(name), ids)) < ROUNDING
 
 
-@pytest.mark.one_in(8)
+@pytest.mark.one_in(16)
 @pytest.mark.parametrize("name", CAUSAL)
 def test_sparse_splits_add_up_with_every_expert_active(name: str, small: Callable[[str], Path], tmp_path: Path) -> None:
     result = upcycle.convert(str(small(name)), tmp_path / "out", **SPARSE, **wrapped(name)).verification
@@ -104,7 +104,7 @@ def test_sparse_splits_add_up_with_every_expert_active(name: str, small: Callabl
     assert result.all_experts_error < ROUNDING
 
 
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(12)
 @pytest.mark.parametrize("name", [name for name in CAUSAL if load("described", SMALL[name][0]).uncalibrated is None])
 def test_splits_are_calibrated(name: str, tmp_path: Path) -> None:
     """The refit must help: on held-out tokens, fitted logits are nearer to the dense ones than plain ones are."""
@@ -165,7 +165,7 @@ def test_text_is_written_and_measured_and_routers_are_read(tmp_path: Path) -> No
     assert min(min(layer["to_dense"]) for layer in report["experts"]["layers"]) > 0.999  # copies
 
 
-@pytest.mark.one_in(10)
+@pytest.mark.one_in(20)
 @pytest.mark.parametrize("name", PICO)
 def test_models_with_a_stock_target_can_be_wrapped_too(name: str, pico: Callable[[str], Path], tmp_path: Path) -> None:
     result = upcycle.convert(str(pico(name)), tmp_path / "out", target="upcycle_moe", **SPLIT)
@@ -175,7 +175,7 @@ def test_models_with_a_stock_target_can_be_wrapped_too(name: str, pico: Callable
     assert relative_error(logits(tmp_path / "out", ids), logits(pico(name), ids)) < ROUNDING
 
 
-@pytest.mark.one_in(8)
+@pytest.mark.one_in(16)
 @pytest.mark.parametrize("name", CAUSAL)
 def test_streamed_verification_reads_the_same(
     name: str, small: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -32,7 +32,7 @@ STREAMED = [
 TOLERANCE = {"lfm2_moe": 1e-5}
 
 
-@pytest.mark.one_in(12)
+@pytest.mark.one_in(24)
 @pytest.mark.parametrize(("wrapper", "text"), CASES)
 @torch.no_grad()
 def test_stock_transformers_gives_the_dense_logits_of_texts_and_images(
@@ -61,7 +61,7 @@ def test_stock_transformers_gives_the_dense_logits_of_texts_and_images(
     assert difference(loaded(tmp_path / "again")(**inputs).logits, moe(**inputs).logits) < allowed
 
 
-@pytest.mark.one_in(18)
+@pytest.mark.one_in(36)
 @pytest.mark.parametrize(("wrapper", "text"), CASES)
 def test_other_parts_are_copied_bit_by_bit_under_their_names(
     wrapper: str, text: str, tower: Callable[..., Path], tmp_path: Path
@@ -88,7 +88,7 @@ def test_other_parts_are_copied_bit_by_bit_under_their_names(
     assert {name for name in after if not name.startswith((prefix, "lm_head."))} == others
 
 
-@pytest.mark.one_in(12)
+@pytest.mark.one_in(24)
 @pytest.mark.parametrize(("wrapper", "text"), STREAMED)
 def test_both_layouts_load_bit_equal_and_stream(
     wrapper: str, text: str, tower: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -106,7 +106,7 @@ def test_both_layouts_load_bit_equal_and_stream(
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
-@pytest.mark.one_in(8)
+@pytest.mark.one_in(16)
 @pytest.mark.parametrize(("wrapper", "text"), STREAMED[::2])
 def test_text_models_are_split_on_text(wrapper: str, text: str, tower: Callable[..., Path], tmp_path: Path) -> None:
     calibration = {"text": "demo", "tokens": 1024, "window": 64}
@@ -122,7 +122,7 @@ def test_text_models_are_split_on_text(wrapper: str, text: str, tower: Callable[
     loaded(tmp_path / "out")
 
 
-@pytest.mark.one_in(18)
+@pytest.mark.one_in(36)
 @pytest.mark.parametrize("text", PICO)
 def test_text_models_of_every_family_fit(text: str, tower: Callable[..., Path], tmp_path: Path) -> None:
     """In one wrapper, as it is one mechanism: names, biases, windows and multipliers are those of the text model alone."""
@@ -146,7 +146,7 @@ def test_every_wrapper_is_tested_and_says_where_its_text_model_is(name: str) -> 
     assert len(texts) == (1 if wrapper.name == "qwen3_5" else 2)
 
 
-@pytest.mark.one_in(18)
+@pytest.mark.one_in(36)
 @pytest.mark.parametrize(("wrapper", "text"), CASES)
 def test_a_plan_needs_no_weights(wrapper: str, text: str, tower: Callable[..., Path], tmp_path: Path) -> None:
     """What is planned from config.json alone is what is written."""
@@ -169,7 +169,7 @@ OWN = [
 ]
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize(("wrapper", "text"), OWN)
 @torch.no_grad()
 def test_text_models_of_parts_can_be_wrapped(

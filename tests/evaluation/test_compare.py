@@ -223,6 +223,7 @@ def test_much_loss_on_other_kinds_of_text_is_warned_of(unseen: float | None, war
     assert any("add self to --calibration" in note for note in notes) == warned
 
 
+@pytest.mark.long
 def test_the_command_prints_saves_and_recommends(pico: Pico, tmp_path: Path) -> None:
     arguments = [
         "compare",

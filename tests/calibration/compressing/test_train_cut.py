@@ -59,6 +59,7 @@ def test_a_layer_that_is_not_better_keeps_the_closed_form(pico_moe: Models, tmp_
     assert all(torch.equal(closed[key], wild[key]) for key in closed)
 
 
+@pytest.mark.long
 def test_verify_and_another_run_agree(pico_moe: Models, tmp_path: Path) -> None:
     keys = {**KEYS, "refit": "blocks", "reconstruction": QUICK, "verification": {"tokens": 64}}
     results = [upcycle.convert(str(pico_moe("mixtral")), tmp_path / folder, **keys) for folder in ("one", "two")]

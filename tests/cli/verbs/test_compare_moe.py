@@ -23,6 +23,7 @@ def run(*arguments: Any) -> Any:
     return CliRunner().invoke(cli, ["compare", *map(str, arguments)])
 
 
+@pytest.mark.long
 def test_a_moe_is_compressed_and_saved(pico_moe: Models, tmp_path: Path) -> None:
     moe, page, data = pico_moe("mixtral"), tmp_path / "page.md", tmp_path / "compare.json"
     words = (moe, "--compress", "frequency", "--keep", "0.5", *SMALL)

@@ -183,6 +183,7 @@ def test_an_interrupted_comparison_leaves_nothing(pico_moe: Models, temporary: P
     assert ours(temporary) == []
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("no_walk")
 def test_room_on_the_disk_is_checked_before_any_work(pico_moe: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))

@@ -80,6 +80,7 @@ def perplexity_of(folder: Path, text: Path) -> float:
     return math.exp(total / count)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("search", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_clusters_are_merged_and_mixed(search: bool, zoo: Zoo, text: Path, tmp_path: Path) -> None:
     sources = zoo("abba")

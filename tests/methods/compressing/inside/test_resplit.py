@@ -31,6 +31,7 @@ def logits(folder: Path) -> torch.Tensor:
         return torch.as_tensor(model(torch.randint(300, (2, 24), generator=torch.Generator().manual_seed(1))).logits)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name",
     [
