@@ -87,6 +87,7 @@ def test_a_compression_is_that_of_the_stock_class(
     assert upcycle.verify(tmp_path / "wrapped", tokens=64).verdict == "approximate"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dots1", "hunyuan_v1_moe"])
 def test_experts_that_a_stock_class_cannot_make_narrower(name: str, pico_moe: Models, tmp_path: Path) -> None:
     result = upcycle.convert(str(pico_moe(name)), tmp_path / "out", method="slim", keep=0.5, **KEYS)

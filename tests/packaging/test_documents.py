@@ -207,7 +207,7 @@ def test_json_keys(
     generated = json.loads(CliRunner().invoke(cli, ["generate", *writing, "--prompt", "def"]).stdout)
     small = ["--offload", "--memory", "1GB"]
     offloaded = json.loads(CliRunner().invoke(cli, ["generate", *writing, "--prompt", "def", *small]).stdout)
-    file = tmp_path / "seen.safetensors"
+    file = tmp_path / "loads.safetensors"
     upcycle.observe(tmp_path / "out", file, "demo", tokens=512, window=64)
     near = json.loads(
         CliRunner().invoke(cli, ["plan", "run", writing[0], "--observations", str(file), "--json"]).stdout

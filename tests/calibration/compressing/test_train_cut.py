@@ -31,7 +31,7 @@ def compressed(source: Path, out: Path, refit: str, **training: Any) -> dict[str
     return load_file(out / "model.safetensors")
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "fused"), [("mixtral", False), ("dots1", True), ("granitemoe", True)])
 def test_training_moves_experts_and_routers_and_helps(name: str, fused: bool, pico_moe: Models, tmp_path: Path) -> None:
     source = pico_moe(name, fused)
