@@ -31,7 +31,7 @@ def compressed(source: Path, out: Path, refit: str, **training: Any) -> dict[str
     return load_file(out / "model.safetensors")
 
 
-@pytest.mark.slow
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("name", "fused"), [("mixtral", False), ("dots1", True), ("granitemoe", True)])
 def test_training_moves_experts_and_routers_and_helps(name: str, fused: bool, pico_moe: Models, tmp_path: Path) -> None:
     source = pico_moe(name, fused)
@@ -46,7 +46,14 @@ def test_training_moves_experts_and_routers_and_helps(name: str, fused: bool, pi
         [*read_json(tmp_path / folder / "compression.json")["refit"].values()] for folder in ("closed", "trained")
     )
     assert all(new["steps"] > 0 for new in after)
-    assert before[0]["missing_after"] > after[0]["missing_after"]  # of the first layer, both have the same inputs
+    # A layer that training did not help keeps the closed form, and so do the inputs of the next one: the first that differs has the
+    # same inputs in both.
+    gained = [
+        old["missing_after"] - new["missing_after"]
+        for old, new in zip(before, after, strict=True)
+        if old["missing_after"] != new["missing_after"]
+    ]
+    assert gained[0] > 0
     _, loading = AutoModelForCausalLM.from_pretrained(
         tmp_path / "trained", dtype=torch.float32, output_loading_info=True
     )

@@ -27,6 +27,7 @@ from upcycle.evaluation.compressing.compare_compressions import compare_compress
 from upcycle.evaluation.compressing.cut_measures import cut_texts
 from upcycle.progress import Progress
 from upcycle.recipe.recipe_parts import CalibrationRecipe
+from upcycle.registry import METHODS, load
 
 Models = Callable[..., Path]
 SMALL: dict[str, Any] = {"calibration_tokens": 512, "window": 32, "tokens": 128, "timed": False}
@@ -111,26 +112,20 @@ def test_numbers_are_those_of_the_model_that_the_command_writes(
     assert "timing" not in listener.told[1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_all_methods_at_every_size(pico_moe: Models) -> None:
     found = compare_compressions(str(pico_moe("mixtral")), keep=[0.75, 0.5], **SMALL)
     rows = {(one.keep, one.method, one.refit) for one in found.results}
-    methods = {
-        "naee",
-        "reap",
-        "frequency",
-        "hc_smoe",
-        "m_smoe",
-        "random_experts",
-        "slim",
-        "to_dense",
-        "ream",
-        "moe_i2",
-        "eep",
-    }
+    half = {"lower_top_k", "block_drop"}  # of two experts per token, or two layers
+    fills = {"sparse_experts"}  # of which a refit would fill the zeros, and half of whose weights stay
+    every = {name for name in METHODS if load("method", name).kind == "compression" and load("method", name).removes}
     assert rows == {
-        (keep, method, refit) for keep in (0.75, 0.5) for method in methods for refit in ("none", "down")
-    } | {(0.5, method, refit) for method in ("lower_top_k", "block_drop") for refit in ("none", "down")}
+        (keep, method, refit)
+        for method in every - {"layer_drop"}  # every layer of this architecture has experts
+        for keep in ((0.5,) if method in half | fills else (0.75, 0.5))
+        for refit in (("none",) if method in fills else ("none", "down"))
+    }
+    assert {line.split(":")[0] for line in found.skipped} == {"layer_drop", *half, *fills}
     assert {one.keep for one in found.recommended} == {0.75, 0.5}
     assert not any(one.baseline for one in found.recommended)
 
