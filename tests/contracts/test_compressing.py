@@ -210,8 +210,7 @@ def test_a_stopped_compression_continues_byte_equal(
         raise KeyboardInterrupt
 
     if stop == "after observing":
-        for deciding in ("cuts", "cuts_tried"):
-            monkeypatch.setattr(load("method", method), deciding, interrupt)
+        monkeypatch.setattr(load("method", method), "cuts", interrupt)
     elif stop == "while refitting":
         monkeypatch.setattr(refit_cut.LayerFit, "set", interrupt)
         monkeypatch.setattr(round_ternary, "_round_layer", interrupt)
@@ -232,8 +231,7 @@ def test_a_stopped_compression_continues_byte_equal(
     monkeypatch.undo()
     monkeypatch.setattr(observe_moe, "MoeWalk", interrupt)  # what was observed is not observed again
     if stop != "after observing":
-        for deciding in ("cuts", "cuts_tried"):
-            monkeypatch.setattr(load("method", method), deciding, interrupt)
+        monkeypatch.setattr(load("method", method), "cuts", interrupt)
     if stop == "while writing":
         monkeypatch.setattr(refit_cut, "refit_cuts", interrupt)
         monkeypatch.setattr(refit_depth, "refit_depth", interrupt)

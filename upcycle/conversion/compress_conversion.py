@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from upcycle.files.formats.tensor_files import CONFIG
 from upcycle.files.output.workspace import LAYER_BLUEPRINTS, remove_parts
 from upcycle.files.user_paths import user_path
 from upcycle.methods.base import AnyMethod
+from upcycle.methods.compressing.layer_source import ModelSource
 from upcycle.planning.compress_job import (
     CUTS_FILE,
     CompressJob,
@@ -187,20 +188,20 @@ class CompressConversion(CompressJob, GrowthConversion):
         progress: Progress,
     ) -> dict[int, Any]:
         keep, model = self.keep, checkpoint.model
+        matrices, store = partial(_matrices, checkpoint), partial(write_factors, folder)
+        source = ModelSource(model, None, matrices, self.recipe.seed, store)
         if not self.changes or not self.compression.observes:
-            return self.compression.unobserved(model, keep, partial(_matrices, checkpoint), self.recipe.seed)
-        seen = self._observed(checkpoint, windows, text or {}, folder, progress)
-        matrices, seed = partial(_matrices, checkpoint), self.recipe.seed
+            return self.compression.unobserved(source, keep)
+        source = replace(source, seen=self._observed(checkpoint, windows, text or {}, folder, progress))
         if not self.compression.tries:
-            store = partial(write_factors, folder)
-            return self.compression.cuts(model, seen, keep, matrices, seed, store)
+            return self.compression.cuts(source, keep)
         from upcycle.calibration.compressing.try_cuts import CutTrial
 
         assert windows is not None
         # Tried in the stock class, whatever the result is written as.
         config = model.config_with(*self.compression.sizes(model, keep)[:3]) if self.wraps else self.config
         trial = CutTrial(checkpoint, config, self.recipe.dtype, windows, progress)
-        return self.compression.cuts_tried(model, seen, keep, matrices, seed, trial)
+        return self.compression.cuts(replace(source, trial=trial), keep)
 
     def _observed(
         self,

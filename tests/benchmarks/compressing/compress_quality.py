@@ -36,6 +36,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import upcycle
+from upcycle.architectures.stock import load_stock_model
 from upcycle.calibration.compressing.observe_file import observe
 
 WINDOW, MEASURED = 256, 8192
@@ -81,7 +82,7 @@ def windows_of(path: Path, tokenizer: object) -> torch.Tensor:
 
 def perplexities(folder: Path, paths: Sequence[Path]) -> dict[str, float]:
     """Perplexity of a model on each text, by the text's kind."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = load_stock_model(folder).eval()  # which reads experts in few bits, too
     tokenizer = AutoTokenizer.from_pretrained(folder)
     found = {}
     for path in paths:

@@ -1,6 +1,6 @@
 """A MoE of four times the memory that its weights may use: experts in files with upcycle, against mapping the files alone.
 
-    python tests/benchmarks/compressing/offload.py [--folder /tmp/offload_moe] [--tokens 96]
+    python tests/benchmarks/compressing/offload.py [--folder FOLDER] [--tokens 96]
 
 The model is random, of the shape of a stock Granite MoE (8 layers, 20 experts of 12.6 MB, top 2, fp32: 2.1 GB), with skewed routing:
 every embedding has a common part, on which the routers' rows lie apart as a Zipf law says (``--zipf``), and a part of its own that
@@ -28,7 +28,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+sys.path[:0] = [str(Path(__file__).resolve().parents[i] / "support") for i in (1, 2)]
+
 import torch
+from smollm2 import cache_folder
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 1024,
@@ -225,7 +228,7 @@ def processor_seconds() -> float:
 def main() -> None:
     """Make the model, run every way, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/upcycle_offload_moe"))
+    parser.add_argument("--folder", type=Path, default=cache_folder() / "offload-moe")
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--zipf", type=float, default=1.5)
     parser.add_argument("--times", type=int, default=3)

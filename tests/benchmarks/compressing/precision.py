@@ -23,15 +23,11 @@ from statistics import fmean
 sys.path[:0] = [str(Path(__file__).resolve().parents[i] / "support") for i in (1, 2)]
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import torch
-from compress_quality import windows_of
+from compress_quality import perplexities
 from domains import DOMAINS, FOREIGN, texts
 from small_moe import TOKENS, small_moe
-from torch.nn.functional import cross_entropy
-from transformers import AutoTokenizer
 
 import upcycle
-from upcycle.architectures.stock import load_stock_model
 
 # bits, rounding, allocation
 WAYS = (
@@ -41,20 +37,6 @@ WAYS = (
     *(("mixed:2.5", "gptq", way) for way in ("even", "first", "frequency", "outliers", "mc_moe", "layers")),
 )
 ALLOWED = 1.03  # of 4 bits
-
-
-def perplexities(folder: Path, paths: list[Path]) -> dict[str, float]:
-    """Perplexity of a model on each text, by the text's kind."""
-    model, tokenizer = load_stock_model(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    found = {}
-    for path in paths:
-        losses = []
-        for ids in windows_of(path, tokenizer).split(8):
-            with torch.no_grad():
-                logits = model(ids).logits[:, :-1].flatten(0, 1)
-            losses.append(cross_entropy(logits, ids[:, 1:].flatten()).item())
-        found[path.name.split(".")[0]] = math.exp(fmean(losses))
-    return found
 
 
 def main() -> int:

@@ -25,6 +25,7 @@ from upcycle.trainers.routing.stock_routers import RouterPlace, find_routers
 
 if TYPE_CHECKING:
     from upcycle.models.stock_layers import Layers
+    from upcycle.progress import Progress
 
 WALK_TOKENS = 4096
 
@@ -52,6 +53,37 @@ class Routed:
     block: torch.Tensor
     shared: torch.Tensor | None
     shared_weight: torch.Tensor
+
+
+def walk_both(
+    uncut: MoeWalk,
+    cut: MoeWalk,
+    windows: torch.Tensor,
+    fit: Callable[[int, torch.Tensor, torch.Tensor], None],
+    progress: Progress,
+    phase: str,
+) -> None:
+    """Walk two models of as many layers side by side.
+
+    Args:
+        uncut: the one.
+        cut: the other.
+        windows: token ids ``[N, W]``.
+        fit: receives the index of every layer, loaded in both, and both streams ``[N, W, d]`` before it; the layer of ``cut`` then
+            computes with what it changed.
+        progress: where to report.
+        phase: what is done, for the report.
+    """
+    with progress.phase(phase, len(uncut.layers)):
+        theirs = torch.cat([uncut.embed(windows[batch]) for batch in uncut.batches(len(windows))])
+        ours = theirs.clone()
+        for index in range(len(uncut.layers)):
+            with uncut.loaded(index), cut.loaded(index):
+                fit(index, theirs, ours)
+                for batch in uncut.batches(len(windows)):
+                    theirs[batch] = uncut.run(index, theirs[batch])
+                    ours[batch] = cut.run(index, ours[batch])
+            progress.advance()
 
 
 class MoeWalk:

@@ -22,7 +22,7 @@ from upcycle.text.text_record import text_record
 
 
 def observe(
-    moe: str,
+    moe: str | Path,
     out: str | Path,
     text: str,
     tokens: int = 32768,
@@ -53,7 +53,7 @@ def observe(
         EnvironmentFault: its folder cannot be written to, or the disk is full.
         UpcycleError: the model cannot be read.
     """
-    out = user_path(Path(out)).absolute()
+    moe, out = str(moe), user_path(Path(out)).absolute()
     if out.is_dir():
         raise UsageError(f"{out} is a folder, and observations are one file", hint=f"{out / 'seen.safetensors'}")
     if out.exists():

@@ -28,6 +28,7 @@ from upcycle.calibration.compressing.moe_walk import (
     active_neurons,
     down_projections,
     set_down_projections,
+    walk_both,
 )
 from upcycle.calibration.compressing.result_layers import ResultLayers
 from upcycle.checkpoints.moe_checkpoint import sum_of_terms
@@ -55,6 +56,15 @@ def down_file(folder: Path, layer: int) -> Path:
     These are ``[E', 2 F, d]`` and ``[E', d]``.
     """
     return folder / LAYER_BLUEPRINTS / f"down.{layer:05d}.safetensors"
+
+
+def write_fitted(folder: Path, layer: int, tensors: dict[str, torch.Tensor]) -> None:
+    """Write what was fitted of a layer; the file appears complete or not at all."""
+    from safetensors.torch import save_file
+
+    path = down_file(folder, layer)
+    path.parent.mkdir(exist_ok=True)
+    write_whole(path, partial(save_file, tensors))
 
 
 def refitted_part(fitted: Mapping[str, torch.Tensor], part: str) -> torch.Tensor | None:
@@ -99,8 +109,6 @@ def refit_cuts(
         than eight windows), relative to what its experts had added, both squared; and the strength of the last fit that helped
         (0: none did).
     """
-    from safetensors.torch import save_file
-
     uncut = MoeWalk(layers_of(checkpoint, dtype), windows.shape[1])
     stored_as, made = partial(stored_dtype, checkpoint, dtype), partial(made_parts, checkpoint, folder)
     layers: Layers = (
@@ -110,30 +118,23 @@ def refit_cuts(
     )
     cut = MoeWalk(layers, windows.shape[1])
     reports: dict[int, dict[str, float]] = {}
-    (folder / LAYER_BLUEPRINTS).mkdir(exist_ok=True)
-    with progress.phase("refitting experts", len(uncut.layers)):
-        theirs = torch.cat([uncut.embed(windows[batch]) for batch in uncut.batches(len(windows))])
-        ours = theirs.clone()
-        for index in range(len(uncut.layers)):
-            with uncut.loaded(index), cut.loaded(index):
-                if index in cuts:
-                    fit = LayerFit(uncut, cut, index)
-                    down, reports[index] = fit.solve(theirs, ours)
-                    fitted = {"down": down.to(stored_as(index)).contiguous()}
-                    fit.set(fitted["down"])
-                    if training is not None:
-                        dtypes = {"router": _router_dtype(checkpoint, index, dtype)}
-                        fitted, found = _trained(
-                            uncut, cut, index, theirs, ours, training, seed, stored_as(index), dtypes
-                        )
-                        reports[index] |= {"steps": found["steps"]}
-                        if reports[index]["missing_after"] and found["before"]:
-                            reports[index]["missing_after"] *= found["after"] / found["before"]
-                    write_whole(down_file(folder, index), partial(save_file, fitted))
-                for batch in uncut.batches(len(windows)):
-                    theirs[batch] = uncut.run(index, theirs[batch])
-                    ours[batch] = cut.run(index, ours[batch])
-            progress.advance()
+
+    def refit(index: int, theirs: torch.Tensor, ours: torch.Tensor) -> None:
+        if index not in cuts:
+            return
+        fit = LayerFit(uncut, cut, index)
+        down, reports[index] = fit.solve(theirs, ours)
+        fitted = {"down": down.to(stored_as(index)).contiguous()}
+        fit.set(fitted["down"])
+        if training is not None:
+            dtypes = {"router": _router_dtype(checkpoint, index, dtype)}
+            fitted, found = _trained(uncut, cut, index, theirs, ours, training, seed, stored_as(index), dtypes)
+            reports[index] |= {"steps": found["steps"]}
+            if reports[index]["missing_after"] and found["before"]:
+                reports[index]["missing_after"] *= found["after"] / found["before"]
+        write_fitted(folder, index, fitted)
+
+    walk_both(uncut, cut, windows, refit, progress, "refitting experts")
     return reports
 
 

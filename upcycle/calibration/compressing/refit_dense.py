@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +22,11 @@ import torch
 from upcycle.architectures.module_paths import module_paths_of
 from upcycle.calibration.compressing.made_parts import held_out_tokens
 from upcycle.calibration.compressing.moe_walk import MoeWalk, Routed
-from upcycle.calibration.compressing.refit_cut import MOST_JOINT, down_file
+from upcycle.calibration.compressing.refit_cut import MOST_JOINT, write_fitted
 from upcycle.calibration.compressing.result_layers import ResultLayers
 from upcycle.errors import CheckpointError
 from upcycle.ffn.refit import REFIT_STRENGTHS
 from upcycle.ffn.ridge_sums import RidgeSums
-from upcycle.files.atomic_files import write_whole
-from upcycle.files.output.workspace import LAYER_BLUEPRINTS
 from upcycle.methods.growing.base import Piece
 from upcycle.models.stock_layers import layers_of
 from upcycle.progress import Progress
@@ -72,13 +69,10 @@ def refit_dense(
     Raises:
         CheckpointError: the dense model is not the MoE outside the FFN.
     """
-    from safetensors.torch import save_file
-
     whole = MoeWalk(layers_of(checkpoint, dtype), windows.shape[1])
     made = ResultLayers(checkpoint, config, pieces, dtype)
     dense = MoeWalk(made, windows.shape[1])
     reports: dict[int, dict[str, float]] = {}
-    (folder / LAYER_BLUEPRINTS).mkdir(exist_ok=True)
     with progress.phase("refitting FFNs", len(whole.layers)):
         theirs = torch.cat([whole.embed(windows[batch]) for batch in whole.batches(len(windows))])
         ours = theirs.clone()
@@ -91,7 +85,7 @@ def refit_dense(
                     target, reports[index] = fit.solve(theirs, ours)
                     stored = down.weight.detach().to(made.dtype_of(down_names[index]))
                     down.weight.data = stored.float()
-                    write_whole(down_file(folder, index), partial(save_file, {"down": stored.contiguous()}))
+                    write_fitted(folder, index, {"down": stored.contiguous()})
                     theirs = target
                 else:
                     for batch in whole.batches(len(windows)):

@@ -10,7 +10,6 @@ N windows of W tokens, T = N W, d the hidden size.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +19,7 @@ from upcycle.architectures.module_paths import module_paths_of
 from upcycle.architectures.stock import build_config, empty_model
 from upcycle.calibration.compressing.made_parts import held_out_tokens
 from upcycle.calibration.compressing.moe_walk import MoeWalk, Routed
-from upcycle.calibration.compressing.refit_cut import LayerFit, down_file, stored_dtype
-from upcycle.files.atomic_files import write_whole
-from upcycle.files.output.workspace import LAYER_BLUEPRINTS
+from upcycle.calibration.compressing.refit_cut import LayerFit, stored_dtype, write_fitted
 from upcycle.models.stock_layers import compute_buffers, compute_layer_buffers, layers_of
 from upcycle.progress import Progress
 
@@ -54,12 +51,9 @@ def refit_depth(
         For every layer that was fitted, by its index in the uncut model, the same numbers as
         :func:`.refit_cut.refit_cuts`.
     """
-    from safetensors.torch import save_file
-
     uncut = MoeWalk(layers_of(checkpoint, dtype), windows.shape[1])
     cut = MoeWalk(_KeptLayers(uncut, config, kept), windows.shape[1])
     reports: dict[int, dict[str, float]] = {}
-    (folder / LAYER_BLUEPRINTS).mkdir(exist_ok=True)
     with progress.phase("refitting layers", len(uncut.layers)):
         theirs = torch.cat([uncut.embed(windows[batch]) for batch in uncut.batches(len(windows))])
         ours = theirs.clone()
@@ -75,7 +69,7 @@ def refit_depth(
                     down, reports[index] = fit.fit(seen, left, added, held_out_tokens(ours))
                     stored = down.to(stored_dtype(checkpoint, dtype, index))
                     fit.set(stored)
-                    write_whole(down_file(folder, index), partial(save_file, {"down": stored.contiguous()}))
+                    write_fitted(folder, index, {"down": stored.contiguous()})
                 theirs = target
                 for batch in cut.batches(len(ours)):
                     ours[batch] = cut.run(place, ours[batch])

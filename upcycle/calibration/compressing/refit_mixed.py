@@ -9,7 +9,6 @@ N windows of W tokens, d the hidden size.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +17,9 @@ import torch
 from upcycle.architectures.expert_terms import DenseCut, LayerCut
 from upcycle.architectures.module_paths import module_paths_of
 from upcycle.architectures.stock import build_config, empty_model
-from upcycle.calibration.compressing.moe_walk import MoeWalk
-from upcycle.calibration.compressing.refit_cut import LayerFit, down_file, stored_dtype
+from upcycle.calibration.compressing.moe_walk import MoeWalk, walk_both
+from upcycle.calibration.compressing.refit_cut import LayerFit, stored_dtype, write_fitted
 from upcycle.calibration.compressing.refit_dense import FfnFit
-from upcycle.files.atomic_files import write_whole
-from upcycle.files.output.workspace import LAYER_BLUEPRINTS
 from upcycle.methods.compressing.described_cuts import Cut
 from upcycle.models.stock_layers import compute_buffers, compute_layer_buffers, layers_of
 from upcycle.progress import Progress
@@ -54,37 +51,28 @@ def refit_mixed(
     Returns:
         For every layer that was fitted the same numbers as :func:`upcycle.calibration.compressing.refit_cut.refit_cuts`.
     """
-    from safetensors.torch import save_file
-
     uncut = MoeWalk(layers_of(checkpoint, dtype), windows.shape[1])
     cut = MoeWalk(_MixedLayers(uncut, checkpoint, config, cuts, dtype), windows.shape[1])
     reports: dict[int, dict[str, float]] = {}
-    (folder / LAYER_BLUEPRINTS).mkdir(exist_ok=True)
 
     def keep(index: int, down: torch.Tensor) -> torch.Tensor:
         """Write down projections, and return them as they will be read."""
-        stored = down.to(stored_dtype(checkpoint, dtype, index))
-        write_whole(down_file(folder, index), partial(save_file, {"down": stored.contiguous()}))
+        stored = down.to(stored_dtype(checkpoint, dtype, index)).contiguous()
+        write_fitted(folder, index, {"down": stored})
         return stored.float()
 
-    with progress.phase("refitting layers", len(uncut.layers)):
-        theirs = torch.cat([uncut.embed(windows[batch]) for batch in uncut.batches(len(windows))])
-        ours = theirs.clone()
-        for index in range(len(uncut.layers)):
-            with uncut.loaded(index), cut.loaded(index):
-                own = cuts.get(index)
-                if isinstance(own, DenseCut):
-                    down: Any = cut.layers[index].get_submodule(f"{_block(cut)}.down_proj")
-                    _, reports[index] = FfnFit(uncut, cut, index, down).solve(theirs, ours)
-                    down.weight.data = keep(index, down.weight.detach())
-                elif isinstance(own, LayerCut) and reports:
-                    fit = LayerFit(uncut, cut, index)
-                    made, reports[index] = fit.solve(theirs, ours)
-                    fit.set(keep(index, made))
-                for batch in uncut.batches(len(windows)):
-                    theirs[batch] = uncut.run(index, theirs[batch])
-                    ours[batch] = cut.run(index, ours[batch])
-            progress.advance()
+    def refit(index: int, theirs: torch.Tensor, ours: torch.Tensor) -> None:
+        own = cuts.get(index)
+        if isinstance(own, DenseCut):
+            down: Any = cut.layers[index].get_submodule(f"{_block(cut)}.down_proj")
+            _, reports[index] = FfnFit(uncut, cut, index, down).solve(theirs, ours)
+            down.weight.data = keep(index, down.weight.detach())
+        elif isinstance(own, LayerCut) and reports:
+            fit = LayerFit(uncut, cut, index)
+            made, reports[index] = fit.solve(theirs, ours)
+            fit.set(keep(index, made))
+
+    walk_both(uncut, cut, windows, refit, progress, "refitting layers")
     return reports
 
 

@@ -11,11 +11,9 @@ import torch
 
 from upcycle.architectures.expert_terms import LayerCut
 from upcycle.calibration.compressing.made_parts import held_out_tokens
-from upcycle.calibration.compressing.moe_walk import MoeWalk, Routed, active_neurons
-from upcycle.calibration.compressing.refit_cut import CutLayers, down_file, stored_dtype
+from upcycle.calibration.compressing.moe_walk import MoeWalk, Routed, active_neurons, walk_both
+from upcycle.calibration.compressing.refit_cut import CutLayers, stored_dtype, write_fitted
 from upcycle.ffn.rounding.ternary import ternary_of_least_error
-from upcycle.files.atomic_files import write_whole
-from upcycle.files.output.workspace import LAYER_BLUEPRINTS
 from upcycle.models.stock_layers import layers_of
 from upcycle.progress import Progress
 
@@ -36,28 +34,21 @@ def round_ternary(
 
     ``missing_before`` is that of experts rounded to the nearest.
     """
-    from safetensors.torch import save_file
-
     uncut = MoeWalk(layers_of(checkpoint, dtype), windows.shape[1])
     stored = partial(stored_dtype, checkpoint, dtype)
     rounded = MoeWalk(CutLayers(uncut, config, cuts, stored), windows.shape[1])
     reports: dict[int, dict[str, float]] = {}
-    (folder / LAYER_BLUEPRINTS).mkdir(exist_ok=True)
-    with progress.phase("rounding experts", len(uncut.layers)):
-        theirs = torch.cat([uncut.embed(windows[batch]) for batch in uncut.batches(len(windows))])
-        ours = theirs.clone()
-        for index in range(len(uncut.layers)):
-            with uncut.loaded(index), rounded.loaded(index):
-                if index in cuts:
-                    before = _missing(uncut, rounded, index, theirs, ours)
-                    made = _round_layer(uncut, rounded, index, cuts[index], ours, stored(index))
-                    after = _missing(uncut, rounded, index, theirs, ours)
-                    reports[index] = {"missing_before": before, "missing_after": after, "strength": 0.0}
-                    write_whole(down_file(folder, index), partial(save_file, made))
-                for batch in uncut.batches(len(windows)):
-                    theirs[batch] = uncut.run(index, theirs[batch])
-                    ours[batch] = rounded.run(index, ours[batch])
-            progress.advance()
+
+    def round_one(index: int, theirs: torch.Tensor, ours: torch.Tensor) -> None:
+        if index not in cuts:
+            return
+        before = _missing(uncut, rounded, index, theirs, ours)
+        made = _round_layer(uncut, rounded, index, cuts[index], ours, stored(index))
+        after = _missing(uncut, rounded, index, theirs, ours)
+        reports[index] = {"missing_before": before, "missing_after": after, "strength": 0.0}
+        write_fitted(folder, index, made)
+
+    walk_both(uncut, rounded, windows, round_one, progress, "rounding experts")
     return reports
 
 

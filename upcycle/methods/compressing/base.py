@@ -12,13 +12,12 @@ from upcycle.architectures.tensor_origin import Origin
 from upcycle.errors import UsageError
 from upcycle.methods.base import PREFERRED_MULTIPLE
 from upcycle.methods.compressing.described_cuts import Cut, described_cut
-from upcycle.methods.compressing.layer_source import ExpertTokens, LayerSource, Matrices, Trial
+from upcycle.methods.compressing.layer_source import ExpertTokens, LayerSource, Matrices, ModelSource
 from upcycle.methods.growing.base import Described, Grown, Growth, Piece
 
 if TYPE_CHECKING:
     import torch
 
-    from upcycle.methods.compressing.observations import Observations
     from upcycle.models.own.routing.base import RouterRule
     from upcycle.models.own.routing.top_k import TopKRule
     from upcycle.recipe.conversion_recipe import Recipe
@@ -70,7 +69,7 @@ class Compression(Growth):
 
     @property
     def tries(self) -> bool:
-        """Whether it runs cuts of several layers on text before it decides (:meth:`cuts_tried`): observations are not enough then."""
+        """Whether it runs cuts of several layers on text before it decides: observations are not enough then."""
         return False
 
     @abstractmethod
@@ -143,9 +142,9 @@ class Compression(Growth):
         """Return remarks for the plan."""
         return ()
 
-    def unobserved(self, model: MoeModel, keep: int, matrices: Callable[[int], Matrices], seed: int) -> dict[int, Cut]:
+    def unobserved(self, source: ModelSource, keep: int) -> dict[int, Cut]:
         """Decide every layer without observations, where the method reads none or nothing is cut; see :meth:`cuts`."""
-        return self.undecided(model, keep)
+        return self.undecided(source.model, keep)
 
     def said(self, model: MoeModel, keep: int) -> tuple[str, str]:
         """Return what is gone, for the promise, and what the result is, in a few words."""
@@ -219,66 +218,14 @@ class Compression(Growth):
 
         return stock_rule(model, top_k, has_bias(model, layer))
 
-    def cuts(
-        self,
-        model: MoeModel,
-        seen: Observations,
-        keep: int,
-        matrices: Callable[[int], Matrices],
-        seed: int,
-        store: Callable[[int, dict[str, torch.Tensor]], None],
-    ) -> dict[int, Cut]:
+    def cuts(self, source: ModelSource, keep: int) -> dict[int, Cut]:
         """Decide every layer.
 
         Args:
-            model: the source.
-            seen: its observations.
+            source: the MoE.
             keep: what :meth:`kept` returned.
-            matrices: returns what reads the matrices of a layer's experts.
-            seed: of random choices.
-            store: takes the tensors of a layer that no stored one is, if the method is ``factored``.
         """
-        return {layer: self.cut(source, keep) for layer, source in layer_sources(model, seen, matrices, seed).items()}
-
-    def cuts_tried(
-        self,
-        model: MoeModel,
-        seen: Observations,
-        keep: int,
-        matrices: Callable[[int], Matrices],
-        seed: int,
-        trial: Trial,
-    ) -> dict[int, Cut]:
-        """Decide every layer where :attr:`tries` is true.
-
-        Args:
-            model: see :meth:`cuts`.
-            seen: likewise.
-            keep: likewise.
-            matrices: likewise.
-            seed: likewise.
-            trial: tries cuts on text.
-        """
-        raise NotImplementedError(f"{self.name} tries nothing")
-
-
-def layer_sources(
-    model: MoeModel, seen: Observations, matrices: Callable[[int], Matrices], seed: int
-) -> dict[int, LayerSource]:
-    """Return what a method may look at, by layer; for the arguments see :meth:`Compression.cuts`."""
-    return {
-        layer: LayerSource(
-            layer=layer,
-            seen=observed,
-            top_k=model.top_k,
-            normalized=model.normalized,
-            sigmoid=model.sigmoid,
-            matrices=matrices(layer),
-            seed=seed,
-            activation=model.activation,
-        )
-        for layer, observed in seen.layers.items()
-    }
+        return {layer: self.cut(own, keep) for layer, own in source.layers.items()}
 
 
 LOSS_WARNING = (

@@ -11,7 +11,8 @@ from upcycle.architectures.expert_terms import LayerCut
 if TYPE_CHECKING:
     import torch
 
-    from upcycle.methods.compressing.observations import LayerObservations
+    from upcycle.architectures.stored_moe import MoeModel
+    from upcycle.methods.compressing.observations import LayerObservations, Observations
 
 Matrices = Callable[[int], dict[str, "torch.Tensor"]]
 """Returns the matrices of an expert of one layer: gate and up ``[F, d]``, down ``[d, F]``, fp32.
@@ -65,3 +66,47 @@ class Trial(Protocol):
 
     def loss(self, cuts: Mapping[int, LayerCut]) -> float:
         """Return the mean loss per token of the model with cuts of all its layers with experts."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """What a method may look at to cut all layers.
+
+    Attributes:
+        model: the MoE.
+        seen: what calibration text said of it; None: the method reads no observations.
+        matrices: returns what reads the matrices of a layer's experts.
+        seed: of random choices.
+        store: takes the tensors of a layer that no stored one is, of a method that is ``factored``.
+        trial: tries cuts on text, for a method that :attr:`~upcycle.methods.compressing.base.Compression.tries`.
+    """
+
+    model: MoeModel
+    seen: Observations | None
+    matrices: Callable[[int], Matrices]
+    seed: int
+    store: Callable[[int, dict[str, torch.Tensor]], None]
+    trial: Trial | None = None
+
+    @property
+    def observed(self) -> Observations:
+        """What calibration text said of it, for methods that read it."""
+        assert self.seen is not None
+        return self.seen
+
+    @property
+    def layers(self) -> dict[int, LayerSource]:
+        """What is to be seen of each layer."""
+        return {
+            layer: LayerSource(
+                layer=layer,
+                seen=seen,
+                top_k=self.model.top_k,
+                normalized=self.model.normalized,
+                sigmoid=self.model.sigmoid,
+                matrices=self.matrices(layer),
+                seed=self.seed,
+                activation=self.model.activation,
+            )
+            for layer, seen in self.observed.layers.items()
+        }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
@@ -14,8 +13,7 @@ from upcycle.architectures.stored_moe import MoeModel
 from upcycle.errors import UsageError
 from upcycle.methods.compressing.base import WRAPPED, Compression, CutSizes, wraps
 from upcycle.methods.compressing.described_cuts import Cut
-from upcycle.methods.compressing.layer_source import LayerSource, Matrices
-from upcycle.methods.compressing.observations import Observations
+from upcycle.methods.compressing.layer_source import LayerSource, ModelSource
 from upcycle.plugins import PluginParameters
 from upcycle.recipe.conversion_recipe import Recipe
 
@@ -185,21 +183,12 @@ class LowRank(Compression):
             ranks[expert] += 1
         return [step * own for own in ranks]
 
-    def cuts(
-        self,
-        model: MoeModel,
-        seen: Observations,
-        keep: int,
-        matrices: Callable[[int], Matrices],
-        seed: int,
-        store: Callable[[int, dict[str, torch.Tensor]], None],
-    ) -> dict[int, Cut]:
+    def cuts(self, source: ModelSource, keep: int) -> dict[int, Cut]:
         """See :class:`~upcycle.methods.compressing.base.Compression`."""
         found: dict[int, Cut] = {}
-        for layer, observed in seen.layers.items():
-            source = LayerSource(layer, observed, model.top_k, model.normalized, model.sigmoid, matrices(layer), seed)
-            found[layer], factors = self.decomposed(source, keep)
-            store(layer, factors)
+        for layer, own in source.layers.items():
+            found[layer], factors = self.decomposed(own, keep)
+            source.store(layer, factors)
         return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -109,16 +110,13 @@ class Losses:
         return float(cut.rows != (1, 3)) + abs(mixed - 0.2)
 
 
-def test_loss_decides_over_all_layers_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    from upcycle.methods.compressing.merging import eep as module
-
+def test_loss_decides_over_all_layers_where_it_is_asked_for() -> None:
     source, trial = consistent(4), Losses()
-    monkeypatch.setattr(module, "layer_sources", lambda *_: {0: source})
     method = eep(fitness="loss", trials=80)
     assert method.tries
     assert not eep().tries
-    model: Any = type("Model", (), {"experts": 4})()
-    found = method.cuts_tried(model, None, 2, None, 0, trial)  # type: ignore[arg-type]
+    whole: Any = SimpleNamespace(model=SimpleNamespace(experts=4), layers={0: source}, seed=0, trial=trial)
+    found = method.cuts(whole, 2)
     assert found[0].rows == (1, 3)  # type: ignore[union-attr]
     assert len(trial.asked) == 160
     assert all(not cuts[0].merges for cuts in trial.asked[:80])

@@ -15,15 +15,13 @@ from upcycle.architectures.tensor_origin import Origin
 from upcycle.errors import UsageError
 from upcycle.methods.compressing.base import Compression, CutSizes, kept_of
 from upcycle.methods.compressing.described_cuts import Cut
-from upcycle.methods.compressing.layer_source import LayerSource, Matrices
+from upcycle.methods.compressing.layer_source import LayerSource, ModelSource
 from upcycle.methods.growing.base import Piece
 from upcycle.plugins import PluginParameters
 from upcycle.recipe.conversion_recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
-
-    from upcycle.methods.compressing.observations import Observations
 
 
 class BlockDropParameters(PluginParameters):
@@ -109,17 +107,10 @@ class BlockDrop(Compression):
         """Layers are not cut one by one, see :meth:`cuts`."""
         raise AssertionError("layers are left out together")
 
-    def cuts(
-        self,
-        model: MoeModel,
-        seen: Observations,
-        keep: int,
-        matrices: Callable[[int], Matrices],
-        seed: int,
-        store: Callable[[int, dict[str, torch.Tensor]], None],
-    ) -> dict[int, Cut]:
+    def cuts(self, source: ModelSource, keep: int) -> dict[int, Cut]:
         """Decide which layers stay; see the class."""
-        return _cuts(model, dropped_layers(model, keep, seen.streams, self.parameters.pick))
+        model = source.model
+        return _cuts(model, dropped_layers(model, keep, source.observed.streams, self.parameters.pick))
 
 
 def dropped_layers(model: MoeModel, keep: int, streams: torch.Tensor, pick: str) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -13,18 +13,16 @@ from upcycle.architectures.stock import build_config
 from upcycle.architectures.stored_moe import MoeModel
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.errors import RefusalError, UsageError
-from upcycle.methods.compressing.base import Compression, CutSizes, layer_sources
+from upcycle.methods.compressing.base import Compression, CutSizes
 from upcycle.methods.compressing.described_cuts import Cut
-from upcycle.methods.compressing.layer_source import LayerSource, Matrices
+from upcycle.methods.compressing.layer_source import LayerSource, ModelSource
 from upcycle.methods.compressing.to_dense import of_best_neurons, stored_expert
 from upcycle.methods.growing.base import Piece
 from upcycle.plugins import PluginParameters
 from upcycle.recipe.conversion_recipe import Recipe
 
 if TYPE_CHECKING:
-    import torch
-
-    from upcycle.methods.compressing.observations import Observations
+    pass
 
 LISTED = ("mlp_only_layers", "mlp_layer_types")  # configuration keys that say of any layer whether it has experts
 _WIDTH = "intermediate_size"  # of the FFNs of layers without experts
@@ -155,19 +153,12 @@ class LayerDrop(Compression):
         """Layers are not cut one by one, see :meth:`cuts`."""
         raise AssertionError("layers are chosen together")
 
-    def cuts(
-        self,
-        model: MoeModel,
-        seen: Observations,
-        keep: int,
-        matrices: Callable[[int], Matrices],
-        seed: int,
-        store: Callable[[int, dict[str, torch.Tensor]], None],
-    ) -> dict[int, Cut]:
+    def cuts(self, source: ModelSource, keep: int) -> dict[int, Cut]:
         """Decide which layers lose their experts; see the class."""
-        order = sorted(seen.layers, key=lambda layer: (-float(seen.layers[layer].similarity), -layer))
-        sources, width = layer_sources(model, seen, matrices, seed), self._width(model)
-        return _cuts(model, {layer: of_best_neurons(sources[layer], width) for layer in order[: len(order) - keep]})
+        layers, width = source.layers, self._width(source.model)
+        order = sorted(layers, key=lambda layer: (-float(layers[layer].seen.similarity), -layer))
+        dense = {layer: of_best_neurons(layers[layer], width) for layer in order[: len(order) - keep]}
+        return _cuts(source.model, dense)
 
 
 def _cuts(model: MoeModel, dense: Mapping[int, DenseCut]) -> dict[int, Cut]:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from upcycle.architectures.expert_terms import LayerCut
-from upcycle.architectures.stored_moe import MoeModel
-from upcycle.methods.compressing.base import Compression, layer_sources
+from upcycle.methods.compressing.base import Compression
 from upcycle.methods.compressing.described_cuts import Cut
 from upcycle.methods.compressing.dropping.naee import error_of
-from upcycle.methods.compressing.layer_source import LayerSource, Matrices, Trial
+from upcycle.methods.compressing.layer_source import LayerSource, ModelSource
 from upcycle.methods.compressing.set_search import best_sets, ranked_experts
 from upcycle.plugins import PluginParameters
 
 if TYPE_CHECKING:
-    from upcycle.methods.compressing.observations import Observations
+    pass
 
 
 class MoeI2Parameters(PluginParameters):
@@ -69,17 +67,11 @@ class MoeI2(Compression):
         """Return the best set of a layer alone."""
         return self._sets(source, keep, 1)[0]
 
-    def cuts_tried(
-        self,
-        model: MoeModel,
-        seen: Observations,
-        keep: int,
-        matrices: Callable[[int], Matrices],
-        seed: int,
-        trial: Trial,
-    ) -> dict[int, Cut]:
+    def cuts(self, source: ModelSource, keep: int) -> dict[int, Cut]:
         """Decide every layer, T at a time; see the class."""
-        sources = layer_sources(model, seen, matrices, seed)
+        trial, sources = source.trial, source.layers
+        if trial is None:
+            return super().cuts(source, keep)
         layers, found = list(sources), {}
         for first in range(0, len(layers), self.parameters.reach):
             group = layers[first : first + self.parameters.reach]

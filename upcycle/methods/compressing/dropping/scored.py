@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -13,14 +13,12 @@ from upcycle.architectures.stored_moe import MoeModel
 from upcycle.errors import UsageError
 from upcycle.methods.compressing.base import WRAPPED, Compression, best, wraps
 from upcycle.methods.compressing.described_cuts import Cut
-from upcycle.methods.compressing.layer_source import LayerSource, Matrices
+from upcycle.methods.compressing.layer_source import LayerSource, ModelSource
 from upcycle.plugins import PluginParameters
 from upcycle.recipe.conversion_recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
-
-    from upcycle.methods.compressing.observations import Observations
 
 
 class ScoredParameters(PluginParameters):
@@ -81,25 +79,12 @@ class Scored(Compression):
         """See the class."""
         return best(self.scores(source), keep)
 
-    def cuts(
-        self,
-        model: MoeModel,
-        seen: Observations,
-        keep: int,
-        matrices: Callable[[int], Matrices],
-        seed: int,
-        store: Callable[[int, dict[str, torch.Tensor]], None],
-    ) -> dict[int, Cut]:
+    def cuts(self, source: ModelSource, keep: int) -> dict[int, Cut]:
         """See :class:`~upcycle.methods.compressing.base.Compression`."""
         if not self.uneven:
-            return super().cuts(model, seen, keep, matrices, seed, store)
-        scores = {
-            layer: self.scores(
-                LayerSource(layer, own, model.top_k, model.normalized, model.sigmoid, matrices(layer), seed)
-            )
-            for layer, own in seen.layers.items()
-        }
-        counts = shared_out(scores, keep * len(scores), model.top_k)
+            return super().cuts(source, keep)
+        scores = {layer: self.scores(own) for layer, own in source.layers.items()}
+        counts = shared_out(scores, keep * len(scores), source.model.top_k)
         return {layer: best(own, counts[layer]) for layer, own in scores.items()}
 
 

@@ -13,7 +13,7 @@ from upcycle.methods.base import PREFERRED_MULTIPLE
 from upcycle.methods.compressing.base import Compression, CutSizes
 from upcycle.methods.compressing.described_cuts import Cut
 from upcycle.methods.compressing.inside.widths import check_width_alone
-from upcycle.methods.compressing.layer_source import ExpertTokens, LayerSource, Matrices
+from upcycle.methods.compressing.layer_source import ExpertTokens, LayerSource, Matrices, ModelSource
 from upcycle.plugins import PluginParameters
 from upcycle.recipe.conversion_recipe import Recipe
 from upcycle.registry import load
@@ -144,14 +144,15 @@ class Resplit(Compression):
             f"top-{model.top_k}",
         )
 
-    def unobserved(self, model: MoeModel, keep: int, matrices: Callable[[int], Matrices], seed: int) -> dict[int, Cut]:
+    def unobserved(self, source: ModelSource, keep: int) -> dict[int, Cut]:
         """Decide every layer by the weights of its experts."""
         if not keep:
-            return super().unobserved(model, keep, matrices, seed)
+            return super().unobserved(source, keep)
+        model = source.model
         scale = self._scale(model, model.expert_width, keep)
         found: dict[int, Cut] = {}
         for layer in model.moe_layers:
-            groups = [self._groups(layer, matrices(layer)(e), seed) for e in range(model.experts)]
+            groups = [self._groups(layer, source.matrices(layer)(e), source.seed) for e in range(model.experts)]
             found[layer] = self._cut(model.experts, groups, scale)
         return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, Literal
@@ -11,18 +10,17 @@ import torch
 from pydantic import Field
 
 from upcycle.architectures.expert_terms import LayerCut, Term
-from upcycle.architectures.stored_moe import MoeModel
 from upcycle.ffn.neurons import activation_function
 from upcycle.ffn.random_weights import stream
-from upcycle.methods.compressing.base import Compression, layer_sources
+from upcycle.methods.compressing.base import Compression
 from upcycle.methods.compressing.described_cuts import Cut
 from upcycle.methods.compressing.dropping.naee import error_of, kept_weights
-from upcycle.methods.compressing.layer_source import LayerSource, Matrices, Trial
+from upcycle.methods.compressing.layer_source import LayerSource, Matrices, ModelSource
 from upcycle.methods.compressing.set_search import best_sets, evolved, ranked_experts
 from upcycle.plugins import PluginParameters
 
 if TYPE_CHECKING:
-    from upcycle.methods.compressing.observations import Observations
+    pass
 
 Row = tuple[
     tuple[int, float], ...
@@ -86,20 +84,15 @@ class Eep(Compression):
         child = partial(self._child, len(layer.order), rng)
         return layer.cut(evolved([layer.alone], child, layer.error, given.population, trials, rng))
 
-    def cuts_tried(
-        self,
-        model: MoeModel,
-        seen: Observations,
-        keep: int,
-        matrices: Callable[[int], Matrices],
-        seed: int,
-        trial: Trial,
-    ) -> dict[int, Cut]:
+    def cuts(self, source: ModelSource, keep: int) -> dict[int, Cut]:
         """Decide all layers together, by the loss on text; see the class."""
-        given, rng = self.parameters, stream(seed, "all layers", "evolution")
-        sources = layer_sources(model, seen, matrices, seed)
-        order = {layer: ranked_experts(source, partial(error_of, source)) for layer, source in sources.items()}
-        begin = {layer: self._pruned(source, keep, rng).kept for layer, source in sources.items()}
+        trial = source.trial
+        if trial is None:
+            return super().cuts(source, keep)
+        given, rng = self.parameters, stream(source.seed, "all layers", "evolution")
+        sources, experts = source.layers, source.model.experts
+        order = {layer: ranked_experts(own, partial(error_of, own)) for layer, own in sources.items()}
+        begin = {layer: self._pruned(own, keep, rng).kept for layer, own in sources.items()}
 
         def pruned(kept: dict[int, tuple[int, ...]]) -> float:
             return trial.loss({layer: LayerCut.keeping([order[layer][r] for r in own]) for layer, own in kept.items()})
@@ -108,17 +101,17 @@ class Eep(Compression):
             found = {}
             for layer in one:
                 own = list((one, other)[_coin(rng)][layer])
-                outside = [rank for rank in range(model.experts) if rank not in own]
+                outside = [rank for rank in range(experts) if rank not in own]
                 if outside and _coin(rng):
                     own[_drawn(len(own), rng)] = outside[_drawn(len(outside), rng)]
                 found[layer] = tuple(sorted(own))
             return found
 
         best = evolved([begin], exchanged, pruned, given.population, given.trials, rng)
-        layers = {layer: Layer(source, order[layer], best[layer]) for layer, source in sources.items()}
+        layers = {layer: Layer(own, order[layer], best[layer]) for layer, own in sources.items()}
 
         def mixed(one: dict[int, Mixed], other: dict[int, Mixed]) -> dict[int, Mixed]:
-            return {layer: self._child(model.experts, rng, one[layer], other[layer]) for layer in one}
+            return {layer: self._child(experts, rng, one[layer], other[layer]) for layer in one}
 
         def loss(one: dict[int, Mixed]) -> float:
             return trial.loss({layer: layers[layer].cut(rows) for layer, rows in one.items()})
