@@ -27,6 +27,7 @@ from upcycle.evaluation.encoders.embeddings import EmbeddingResult
 from upcycle.evaluation.encoders.image_classes import ClassResult
 from upcycle.evaluation.speed import KernelSpeed, ModelSpeed, Speed
 from upcycle.evaluation.task_scores import TaskScore, TaskScores
+from upcycle.publishing.gguf import GgufExport
 from upcycle.recipe.conversion_recipe import parse_recipe
 from upcycle.registry import DESCRIBED, FAMILIES, METHODS, TARGETS, WRAPPERS, load
 from upcycle.report.data.collect import Wanted
@@ -139,6 +140,36 @@ def keys_of(kind: Any) -> dict[str, None]:
     return {field.name: None for field in fields(kind)}
 
 
+def of_compressions(pico_moe: Callable[[str], Path], tmp_path: Path) -> dict[str, Any]:
+    """What commands that make models smaller print."""
+    calibration = {"text": "demo", "tokens": 512, "window": 64}
+    cutting = {"method": "naee", "keep": 0.5, "calibration": calibration, "verification": {"enabled": False}}
+    compressed = upcycle.convert(str(pico_moe("mixtral")), tmp_path / "cut", **cutting).as_dict()
+    rounding = {"method": "quantize", "precision": {"bits": 8}, "verification": {"enabled": False}}
+    in_bits = upcycle.convert(str(pico_moe("mixtral")), tmp_path / "bits", **rounding).as_dict()
+    cutting = {**cutting, "method": "qmoe"}
+    upcycle.convert(str(pico_moe("mixtral")), tmp_path / "ternary", **cutting)
+    packing = ["pack", str(tmp_path / "ternary"), str(tmp_path / "packed"), "--json"]
+    packed = json.loads(CliRunner().invoke(cli, packing).stdout)
+    thinning = {
+        "keep": 0.5,
+        "parameters": {"heads": 0.5},
+        "calibration": calibration,
+        "verification": {"enabled": False},
+    }
+    narrowed = upcycle.convert("demo", tmp_path / "narrow", method="modegpt", **thinning).as_dict()
+    seen = upcycle.observe(str(pico_moe("mixtral")), tmp_path / "seen.safetensors", "demo", 64)
+    return {
+        "convert layers of a compressed MoE": compressed["layers"][0],
+        "convert layers of a MoE in few bits": in_bits["layers"][0],
+        "pack and unpack": packed,
+        "export --gguf": keys_of(GgufExport),
+        "convert layers of a narrower model": narrowed["layers"][0],
+        "observe": seen,
+        "observe layers": seen["layers"][0],
+    }
+
+
 @pytest.mark.long
 def test_json_keys(
     pico: Callable[[str], Path],
@@ -166,16 +197,6 @@ def test_json_keys(
     mixed = upcycle.convert(None, tmp_path / "mix", **mixing).as_dict()
     growing = {"method": "expert_upcycling", "parameters": {"utility": "norm"}, "verification": {"enabled": False}}
     grown = upcycle.convert(str(pico_moe("mixtral")), tmp_path / "grown", **growing).as_dict()
-    cutting = {"method": "naee", "keep": 0.5, "calibration": split["calibration"], "verification": {"enabled": False}}
-    compressed = upcycle.convert(str(pico_moe("mixtral")), tmp_path / "cut", **cutting).as_dict()
-    thinning = {
-        "keep": 0.5,
-        "parameters": {"heads": 0.5},
-        "calibration": split["calibration"],
-        "verification": {"enabled": False},
-    }
-    narrowed = upcycle.convert("demo", tmp_path / "narrow", method="modegpt", **thinning).as_dict()
-    seen = upcycle.observe(str(pico_moe("mixtral")), tmp_path / "seen.safetensors", "demo", 64)
     aligning = {"method": "symphony", "sources": told, "calibration": split["calibration"]}
     aligned = upcycle.convert(None, tmp_path / "aligned", **aligning, verification={"enabled": False}).as_dict()
     text = {"text": "code", "tokens": 64, "window": 32}
@@ -234,10 +255,7 @@ def test_json_keys(
         "convert merging of a zoo": glued["merging"],
         "convert merging of posteriors": merged["merging"],
         "convert layers of a grown MoE": grown["layers"][0],
-        "convert layers of a compressed MoE": compressed["layers"][0],
-        "convert layers of a narrower model": narrowed["layers"][0],
-        "observe": seen,
-        "observe layers": seen["layers"][0],
+        **of_compressions(pico_moe, tmp_path),
         "convert layers of symphony": aligned["layers"][0],
         "compare": compared,
         "compare results": compared["results"][0],

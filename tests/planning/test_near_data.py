@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from layer_sources import random_observations
 
+import upcycle
 from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 from upcycle.cli.main import cli
 from upcycle.errors import UsageError
@@ -96,11 +96,13 @@ def test_rates() -> None:
 @pytest.fixture
 def seen(pico_moe: Callable[..., Path], tmp_path: Path) -> tuple[str, str]:
     """A model of two layers with four experts of 2304 numbers each, and observations of it: layer 1 is skewed."""
-    folder = pico_moe("mixtral")
-    found = {layer: random_observations(4, seed=layer, tokens=100) for layer in (0, 1)}
-    found[1] = replace(found[1], load=torch.tensor([100.0, 60, 30, 10]).double())
-    path = tmp_path / "seen.safetensors"
-    Observations(found, MoeCheckpoint.open(str(folder)).store.fingerprint, 2, {}, torch.eye(4).double()).write(path)
+    folder, path = pico_moe("mixtral"), tmp_path / "seen.safetensors"
+    upcycle.observe(folder, path, "demo", 512, window=32)
+    seen = Observations.read(path)
+    skewed = replace(
+        seen.layers[1], tokens=torch.tensor([100.0]).double(), load=torch.tensor([100.0, 60, 30, 10]).double()
+    )
+    replace(seen, layers={**seen.layers, 1: skewed}).write(path)
     return str(folder), str(path)
 
 

@@ -159,7 +159,7 @@ def plan_run(moe: str | Path, observations: str | Path, machine: LinkedMemories,
         raise UsageError(f"a step has at least 1 token, got {tokens}", hint="--tokens 16")
     checkpoint = MoeCheckpoint.open(str(moe))
     seen = Observations.read(Path(observations))
-    if seen.model != checkpoint.store.fingerprint:
+    if seen.model != checkpoint.fingerprint:
         raise UsageError(
             f"{observations} was observed on other weights than those of {moe}",
             hint=f"upcycle observe {moe} FILE --calibration TEXT",
