@@ -23,6 +23,7 @@ from upcycle.errors import CheckpointError, RefusalError, UsageError
 from upcycle.files.formats.packed_folder import PackedFolder
 from upcycle.files.formats.tensor_files import read_config
 from upcycle.files.output.workspace import LAYER_BLUEPRINTS
+from upcycle.models.load import load_model
 from upcycle.models.stock_layers import FolderLayers
 from upcycle.models.stock_model import folder_model
 from upcycle.recipe.conversion_recipe import parse_recipe, read_recipe
@@ -196,6 +197,21 @@ def test_a_cut_and_refitted_model_is_rounded_behind_that(pico_moe: Models, tmp_p
     assert cut.config.num_local_experts == both.model.config.num_local_experts == 3
 
 
+def test_a_cut_and_refitted_model_is_rounded_by_what_its_experts_read(pico_moe: Models, tmp_path: Path) -> None:
+    """Rounding the result of a cut alone, in a second step and on the same text, gives the same bytes."""
+    cutting: dict[str, Any] = {"method": "reap", "keep": 0.75, "calibration": TEXT, "verification": {"enabled": False}}
+    rounding = {"precision": {"bits": 4}, "calibration": TEXT, "verification": {"enabled": False}}
+    source = str(pico_moe("mixtral"))
+    upcycle.convert(source, tmp_path / "both", **cutting, precision={"bits": 4})
+    upcycle.convert(source, tmp_path / "cut", **cutting)
+    upcycle.convert(str(tmp_path / "cut"), tmp_path / "then", method="quantize", **rounding)
+    one, two = (load_file(tmp_path / folder / "model.safetensors") for folder in ("both", "then"))
+    assert set(one) == set(two)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    reports = json.loads((tmp_path / "both" / "compression.json").read_text())["precision"]["layers"]
+    assert all(report["gptq"] > 0 for report in reports.values()), reports
+
+
 @pytest.mark.parametrize("name", JOINED)
 def test_architectures_whose_experts_stock_transformers_reads_joined_are_refused(name: str, pico_moe: Models) -> None:
     with pytest.raises(RefusalError, match="from one tensor per layer"):
@@ -208,7 +224,7 @@ def test_architectures_whose_experts_stock_transformers_reads_joined_are_refused
         ({"precision": {"bits": 9}}, "'9' is no precision: write 2 to 8, fp8, or mixed:2.5"),
         ({"precision": {"bits": "mixed:1"}}, "'mixed:1' is no precision"),
         ({"precision": {"bits": 4, "attention_bits": 12}}, "12 bits are no width"),
-        ({"precision": {"bits": 4}}, "rounding by gptq .* needs calibration text"),
+        ({"precision": {"bits": 4}}, "rounding by GPTQ .* needs calibration text"),
         ({}, "quantize needs to know in how many bits"),
         ({"precision": {"attention_bits": 4}}, "quantize needs to know in how many bits"),
         ({"precision": {"bits": 8}, "keep": 0.5}, "quantize leaves out no experts, and keep is 0.5"),
@@ -239,3 +255,12 @@ def test_a_model_in_few_bits_is_not_rounded_again_and_damage_is_named(pico_moe: 
     save_file({**tensors, name: tensors[name][:-1].contiguous()}, out / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match="do not fit"):
         PackedFolder(out, read_config(out))
+
+
+def test_what_cannot_be_done_with_few_bits_is_said(pico_moe: Models, tmp_path: Path) -> None:
+    keys = {"method": "quantize", "precision": {"bits": 8}, "verification": {"enabled": False}}
+    upcycle.convert(str(pico_moe("mixtral")), tmp_path / "bits", **keys)
+    with pytest.raises(RefusalError, match="is stored in few bits, and its experts cannot stay"):
+        upcycle.offload(tmp_path / "bits", memory=2**30)
+    with pytest.raises(UsageError, match="in few bits, which no gradient can change"):
+        load_model(tmp_path / "bits", training=True)

@@ -47,7 +47,9 @@ def family_of(
         if inner := text_model(raw_config):
             hint = f"save only its text model ({inner}), with that model's config.json and tensor names that begin with model."
         elif name in MOES:
-            hint = "--method expert_upcycling gives it more experts"
+            hint = (
+                "--method expert_upcycling gives it more experts; upcycle compress, with naee or slim, makes it smaller"
+            )
         elif name not in REASONS:
             hint = f"--family auto-wrap tries to find its FFNs, and wraps it where it does; {hint}"
         raise RefusalError(f"cannot convert a '{shortened(name)}' model: {reason(name, inner)}", hint=hint)

@@ -11,7 +11,8 @@ from upcycle.architectures import stock
 from upcycle.architectures.clean_settings import CONFIG, clean_file
 from upcycle.architectures.stock_auto import is_encoder, is_encoder_decoder
 from upcycle.errors import EnvironmentFault, UsageError
-from upcycle.files.formats.tensor_files import SafetensorsFolder
+from upcycle.files.formats.packed_folder import is_packed
+from upcycle.files.formats.tensor_files import SafetensorsFolder, read_config
 from upcycle.files.locate import locate
 from upcycle.hardware.memory import available_memory
 from upcycle.models.experts import use_experts
@@ -48,6 +49,11 @@ def load_model(
     settle_code_paths()
     path = source if isinstance(source, Path) else locate(source).path
     found = path.is_dir() and is_encoder(clean_file(path / CONFIG))
+    if training and path.is_dir() and is_packed(read_config(path)):
+        raise UsageError(
+            f"{source} holds weights in few bits, which no gradient can change",
+            hint="train the full-precision model that it was made from, and round the result: upcycle compress MOE OUT --bits 4",
+        )
     if found and training:
         raise UsageError(
             f"{source} is an encoder, and upcycle trains by the loss of the next token, which encoders do not predict",

@@ -169,7 +169,10 @@ def checked_compression(job: C) -> C:
     trains = alike and made.refits and not job.wraps  # every layer has the MoE's own experts
     if recipe.refit == "scale" or (recipe.refit == "blocks" and not trains):
         raise UsageError(
-            f"refit: {recipe.refit} is of splits, and {recipe.method} compresses a Mixture-of-Experts",
+            f"refit: {recipe.refit} is of splits, and {recipe.method} compresses a Mixture-of-Experts"
+            if recipe.refit == "scale"
+            else f"refit: blocks trains experts of the MoE's own class, and {recipe.method} makes others"
+            + (f" into {WRAPPED}" if job.wraps else ""),
             hint="--refit down, blocks or none" if trains else "--refit down or none",
         )
     if recipe.refit == "down" and not job.compression.refits:
@@ -180,7 +183,7 @@ def checked_compression(job: C) -> C:
         looks = recipe.observations is None or job.compression.tries or job.compression.makes
         what = f"method {recipe.method}" if looks else f"refit: {job.refit} (--refit none needs no text)"
         if recipe.precision.looks:
-            what = "rounding by gptq (--rounding nearest --bits 4 needs no text)"
+            what = "rounding by GPTQ, which --rounding nearest leaves out,"
         check_text(recipe, what)
     return stored_in_bits(job)
 
@@ -212,6 +215,8 @@ def stored_in_bits(job: C, bits: Mapping[int, tuple[int, ...]] | None = None) ->
             f"precision: {what} and few bits are two steps",
             hint="leave --target out"
             if job.wraps
+            else "leave --bits out: ternary experts are stored by upcycle pack"
+            if made.ternary
             else "leave --bits out, and compress what it makes once more by --bits alone",
         )
     scheme = scheme_of(job.moe, job.grown.config, recipe, bits)

@@ -135,7 +135,7 @@ def test_unused_experts_are_counted_and_the_result_is_finite(
         (("--keep", 0.25, *TEXT), "keep 0.25 of 4 experts leaves 1, and every token chooses 2", "--keep 0.5 or more"),
         (("--keep", 0.9, *TEXT), "keep 0.9 of 4 experts rounds to all of them", "--keep 0.75 leaves one out"),
         (("--keep", 0.5), "method naee looks at activations and needs calibration text", "--calibration"),
-        (("--method", "qmoe", "--refit", "blocks", *TEXT), "refit: blocks is of splits", "--refit down or none"),
+        (("--method", "qmoe", "--refit", "blocks", *TEXT), "refit: blocks trains experts", "--refit down or none"),
         (("--keep", 0.5, "--refit", "scale", *TEXT), "refit: scale is of splits", "--refit down, blocks or none"),
         (("--keep", 0.5, "--method", "random_split", *TEXT), "random_split does not compress", "--method naee"),
         (("--keep", 0.5, "--method", "expert_upcycling"), "expert_upcycling does not compress", "upcycle convert"),
@@ -203,7 +203,7 @@ def test_bad_input_is_refused_before_any_work(
         ),
         ("mixtral", ("--width", 66, "--param", "gather=top_kg", *TEXT), "66 cannot be divided among 4", "--width 64"),
         ("mixtral", ("--width", 64, "--param", "gather=all", *TEXT), "gather", "neurons"),
-        ("mixtral", ("--width", 64, "--refit", "blocks", *TEXT), "refit: blocks is of splits", "--refit down or none"),
+        ("mixtral", ("--width", 64, "--refit", "blocks", *TEXT), "refit: blocks trains experts", "--refit down or none"),
         ("mixtral", ("--width", 64, "--experts", 2, *TEXT), "--experts", ""),
     ],
 )

@@ -189,6 +189,9 @@ class CutLayers:
         self._uncut, self._cuts, self._stored, self._made = uncut, cuts, stored, made
         self.model: Any = empty_model(build_config(config, "config.json"), "config.json", torch.float32).eval()
         compute_buffers(self.model)
+        # What is outside the layers is not cut: both models have the same tensors.
+        outside = {name: part.data for name, part in uncut.model.named_parameters() if not part.is_meta}
+        self.model.load_state_dict(outside, strict=False, assign=True)
         from upcycle.architectures.module_paths import module_paths_of
 
         self._layers = module_paths_of(self.model.config).layers_in(self.model)

@@ -151,13 +151,19 @@ def conversion_facts(result: Any, out: Path, source: str) -> list[tuple[str, Cel
         ]
     facts += [*calibration_facts(result.layers), *verification_facts(result.verification)]
     if result.verification.verdict == "approximate" and plan.promise == "approximate":
-        facts.append(
-            ("hint", "quality is lower than the dense model's until the model is healed by continual pre-training")
-        )
+        facts.append(("hint", _approximate_hint(plan)))
     if result.verification.compared == STATES:
         images = " --images FOLDER" if "images" in result.verification.text else ""
         return [*facts, ("next", f"upcycle evaluate {out} --reference {source}{images}")]
     return [*facts, ("next", _next_step(plan, out, source))]
+
+
+def _approximate_hint(plan: Any) -> str:
+    from upcycle.registry import load
+
+    if load("method", plan.method).kind in ("compression", "narrowing"):
+        return "other text than the calibration's, and what the model writes, lose most: measure both"
+    return "quality is lower than the dense model's until the model is healed by continual pre-training"
 
 
 def _next_step(plan: Any, out: Path, source: str) -> str:

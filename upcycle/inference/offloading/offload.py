@@ -13,6 +13,7 @@ from upcycle.architectures.clean_settings import CONFIG, clean_file
 from upcycle.architectures.stock import build_config, empty_model, generation_settings
 from upcycle.architectures.stock_auto import is_encoder, is_encoder_decoder
 from upcycle.errors import RefusalError, UsageError
+from upcycle.files.formats.packed_folder import is_packed
 from upcycle.files.formats.tensor_files import SafetensorsFolder, read_config
 from upcycle.files.formats.tensor_names import is_block_fp8
 from upcycle.files.locate import locate
@@ -225,6 +226,10 @@ def _refuse_others(folder: Path, name: str) -> None:
     raw = clean_file(folder / CONFIG) if (folder / CONFIG).is_file() else read_config(folder)
     if is_encoder(raw) or is_encoder_decoder(raw):
         raise RefusalError(f"{name} is no model that continues a text, and others are not run with experts in files")
+    if is_packed(read_config(folder)):
+        raise RefusalError(
+            f"{name} is stored in few bits, and its experts cannot stay in its files yet", hint=NOT_OFFLOADED_HINT
+        )
     if is_block_fp8(raw):
         raise RefusalError(
             f"{name} is stored in FP8, and its experts cannot stay in its files yet", hint=NOT_OFFLOADED_HINT
