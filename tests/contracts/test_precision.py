@@ -224,7 +224,7 @@ def test_architectures_whose_experts_stock_transformers_reads_joined_are_refused
         ({"precision": {"bits": 9}}, "'9' is no precision: write 2 to 8, fp8, or mixed:2.5"),
         ({"precision": {"bits": "mixed:1"}}, "'mixed:1' is no precision"),
         ({"precision": {"bits": 4, "attention_bits": 12}}, "12 bits are no width"),
-        ({"precision": {"bits": 4}}, "rounding by GPTQ .* needs calibration text"),
+        ({"precision": {"bits": 4}}, "rounding by GPTQ, .* needs calibration text"),
         ({}, "quantize needs to know in how many bits"),
         ({"precision": {"attention_bits": 4}}, "quantize needs to know in how many bits"),
         ({"precision": {"bits": 8}, "keep": 0.5}, "quantize leaves out no experts, and keep is 0.5"),
