@@ -146,6 +146,7 @@ def test_the_verification_says_error_and_cosine_on_text_that_was_not_calibrated_
     assert found.unseen["cosine"] == pytest.approx(cosine, abs=0.1)
 
 
+@pytest.mark.long
 def test_a_fit_is_better_than_the_same_split_without_one(tmp_path: Path) -> None:
     text_encoder("bert", tmp_path / "dense")
     errors = []

@@ -107,6 +107,7 @@ def test_windows_are_spread_evenly() -> None:
     assert evenly_mixed([few, torch.ones(2, 1)]).flatten().tolist() == [0, 1, 0, 1]
 
 
+@pytest.mark.long
 def test_a_conversion_says_what_it_was_calibrated_on(pico: Pico, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     result = upcycle.convert(str(pico("llama")), first, **SPLIT)
@@ -158,6 +159,7 @@ def test_a_short_file_leaves_more_to_the_model(pico: Pico, tmp_path: Path) -> No
     assert 16 < calibration["written"]["windows"] < 32
 
 
+@pytest.mark.long
 def test_a_conversion_that_was_stopped_does_not_write_again(
     pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

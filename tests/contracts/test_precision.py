@@ -183,6 +183,7 @@ def test_mixed_widths_are_read_by_upcycle_and_refused_by_stock_transformers(
         AutoModelForCausalLM.from_pretrained(out)
 
 
+@pytest.mark.long
 def test_a_cut_and_refitted_model_is_rounded_behind_that(pico_moe: Models, tmp_path: Path) -> None:
     keys: dict[str, Any] = {"method": "reap", "keep": 0.75, "calibration": TEXT, "verification": {"tokens": 64}}
     source = str(pico_moe("mixtral"))

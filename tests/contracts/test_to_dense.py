@@ -76,6 +76,7 @@ def test_it_loads_in_stock_transformers_and_writes(name: str, fused: bool, pico_
         assert report["missing_after"] <= report["missing_before"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shared", [0, 2])
 def test_a_split_whose_experts_all_run_goes_back_to_the_dense_function(
     shared: int, pico: Models, tmp_path: Path
@@ -105,6 +106,7 @@ def test_the_average_of_copies_is_the_model_that_was_copied(pico: Models, tmp_pa
     assert upcycle.plan(str(moe), width=96, target="mistral", **QUICK).target == "mistral"
 
 
+@pytest.mark.long
 def test_the_refit_makes_up_for_what_is_gone(pico_moe: Models, tmp_path: Path) -> None:
     errors = {}
     for refit in ("none", "down"):

@@ -129,6 +129,7 @@ def test_training_reads_these_routers(pico_moe: Models, tmp_path: Path) -> None:
             torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
 
 
+@pytest.mark.long
 def test_a_copy_of_the_folder_is_compressed_with_the_family_it_came_from(pico: Models, tmp_path: Path) -> None:
     moe = tmp_path / "moe"
     upcycle.convert(
@@ -180,6 +181,7 @@ def test_what_no_stock_class_holds_is_written_as_planned_and_writes(
     assert written.shape == (1, 7)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", WRAPPED)
 def test_the_order_of_experts_does_not_matter(method: str, pico_moe: Models, tmp_path: Path) -> None:
     other = permuted(pico_moe("dots1"), tmp_path / "permuted")
@@ -190,6 +192,7 @@ def test_the_order_of_experts_does_not_matter(method: str, pico_moe: Models, tmp
     assert apart(logits(loaded(tmp_path / "one")), logits(loaded(tmp_path / "two"))) < 1e-4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", WRAPPED)
 def test_a_stopped_compression_continues_byte_equal(
     method: str, pico_moe: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -119,6 +119,7 @@ def test_splits_are_calibrated(name: str, tmp_path: Path) -> None:
     assert result.verification.relative_logit_error < plain.verification.relative_logit_error
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NORMED)
 def test_what_goes_through_a_norm_is_fitted_before_it(name: str, tmp_path: Path) -> None:
     """On the dense model's own states, every layer's output before the norm is nearer to the dense FFN's for the fit."""
@@ -146,6 +147,7 @@ def test_splits_are_reported(name: str, tmp_path: Path) -> None:
     assert [layer["to_dense"] is None for layer in layers] == [name == "bloom"] * 2
 
 
+@pytest.mark.long
 def test_text_is_written_and_measured_and_routers_are_read(tmp_path: Path) -> None:
     source = with_tokenizer(tmp_path / "dense", "gpt2")
     upcycle.convert(str(source), tmp_path / "out", **{**COPIES, "tokenizer": "copy"})

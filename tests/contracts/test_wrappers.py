@@ -191,6 +191,7 @@ def test_text_models_of_parts_can_be_wrapped(
     assert all(torch.equal(before[name], after[name]) for name in after if name not in made)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("wrapper", "text"), [("gemma3", "gemma3"), ("llava", "gemma2"), ("llava", "llama")])
 def test_wrapped_text_models_of_parts_are_calibrated(
     wrapper: str, text: str, tower: Callable[..., Path], tmp_path: Path

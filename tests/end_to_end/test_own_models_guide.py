@@ -55,7 +55,7 @@ def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.one_in(6)
+@pytest.mark.long
 @pytest.mark.parametrize("converted", ["gpt2", "phi", "gemma2", "bert", "falcon", "vit"], indirect=True)
 def test_the_script_runs_as_it_is_printed(converted: Path, request: pytest.FixtureRequest) -> None:
     name: str = request.node.callspec.params["converted"]

@@ -95,6 +95,7 @@ def test_static_pruning_keeps_the_neurons_that_add_most() -> None:
     assert torch.equal(static.down, down[:, kept])
 
 
+@pytest.mark.long
 def test_a_target_without_shared_experts_routes_them_all(pico: Pico) -> None:
     found = upcycle.compare(str(pico("qwen3")), methods=["random_split"], routers=["ridge"], **SMALL)
     command = found.best(0.5).command
@@ -188,6 +189,7 @@ def test_a_fraction_that_no_method_reaches_is_left_out_with_the_reason(pico: Pic
     assert any("active 0.3 would run" in note for note in found.skipped)
 
 
+@pytest.mark.long
 def test_a_kind_of_text_that_was_not_calibrated_on_is_measured_beside_the_others(
     pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,6 +251,7 @@ def test_the_command_prints_saves_and_recommends(pico: Pico, tmp_path: Path) -> 
     assert wrong.exit_code != 0
 
 
+@pytest.mark.long
 def test_what_cannot_run_is_left_out_with_the_reason(pico: Pico) -> None:
     sizes = {**SMALL, "pieces": 12, "calibration_tokens": 128}
     found = upcycle.compare(str(pico("llama")), methods=["importance", "d2d"], routers=["ridge"], **sizes)
@@ -256,6 +259,7 @@ def test_what_cannot_run_is_left_out_with_the_reason(pico: Pico) -> None:
     assert found.best(0.5).method == "d2d"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("calibration", "measured"), [("self", ["code", "prose"]), (["self", "prose"], ["prose"])])
 def test_nothing_is_measured_on_what_the_model_wrote(
     pico: Pico, calibration: str | list[str], measured: list[str]

@@ -39,6 +39,7 @@ def moe(tower: Tower, tmp_path: Path) -> Path:
     return tmp_path / "moe"
 
 
+@pytest.mark.long
 def test_the_text_is_what_stock_code_writes_for_the_picture(moe: Path, tmp_path: Path) -> None:
     processor = AutoProcessor.from_pretrained(moe)
     model = AutoModelForMultimodalLM.from_pretrained(moe, dtype=torch.float32).eval()
@@ -71,6 +72,7 @@ def test_the_text_is_what_stock_code_writes_for_the_picture(moe: Path, tmp_path:
     assert [token["id"] for token in json.loads(done.stdout)["tokens"]] == written["two"]
 
 
+@pytest.mark.long
 def test_the_picture_is_read_once(moe: Path, tmp_path: Path) -> None:
     writer = Writer(str(moe))
     with_one = [token.id for token in writer.write(writer.encode("the sea", tmp_path / "one.png"), 2)]

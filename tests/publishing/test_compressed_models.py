@@ -34,6 +34,7 @@ def test_the_card_says_what_it_is_and_no_folder(compressed: Path) -> None:
         assert wrong not in card, wrong
 
 
+@pytest.mark.long
 def test_the_report_lists_the_experts_that_are_left(compressed: Path) -> None:
     report = upcycle.write_report(compressed, wanted=Wanted(["prose"], 64, ["def"]))
     decided = json.loads((compressed / "compression.json").read_text())
@@ -57,6 +58,7 @@ def dense(pico_moe: Callable[..., Path], tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
+@pytest.mark.long
 def test_the_card_of_a_dense_model_says_what_it_was_made_of(dense: Path) -> None:
     upcycle.write_card(dense)
     card = (dense / "README.md").read_text()
@@ -68,6 +70,7 @@ def test_the_card_of_a_dense_model_says_what_it_was_made_of(dense: Path) -> None
         assert wrong not in card, wrong
 
 
+@pytest.mark.long
 def test_the_report_of_a_dense_model_says_how_many_neurons_are_left(dense: Path) -> None:
     report = upcycle.write_report(dense, wanted=Wanted(["prose"], 64, ["def"]))
     decided = json.loads((dense / "compression.json").read_text())

@@ -23,6 +23,7 @@ def test_a_cut_in_the_middle_of_an_upload_is_made_good(hub: HubServer, out: Path
     assert hub.repos[REPO].files()[weights(out)[0].name] == weights(out)[0].read_bytes()
 
 
+@pytest.mark.long
 def test_after_a_lasting_cut_the_same_command_sends_only_the_rest(hub: HubServer, out: Path) -> None:
     last = weights(out)[-1]
     fault = hub.fail("PUT", hashlib.sha256(last.read_bytes()).hexdigest(), cut=1000, times=99)

@@ -213,6 +213,7 @@ def _recorded(out: Path, name: str) -> None:
             (out / about).write_text(json.dumps(found))
 
 
+@pytest.mark.long
 def test_the_line_and_the_key_are_said_and_names_may_be_allowed(out: Path, hub: HubServer, alice: Path) -> None:
     record = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({"who": {"made": "by alice-smith"}, **record}, indent=2))

@@ -146,6 +146,7 @@ def texts(data: dict[str, Any]) -> str:
     return "\n".join(f"{finding['level']} {finding['text']}" for finding in data["summary"]["findings"])
 
 
+@pytest.mark.long
 def test_an_exact_conversion_is_said_to_be_one(pico: Pico, tmp_path: Path) -> None:
     report = write_report(convert(pico, tmp_path / "out"), wanted=FAST)
     assert report.html == tmp_path / "out" / "report.html"
@@ -196,7 +197,7 @@ def test_text_that_it_was_calibrated_on_is_no_headline() -> None:
     assert ["calibrated on" in text for _, text in found] == [True, False]
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.long
 @pytest.mark.parametrize(("cosine", "told"), [(0.93, True), (0.85, False)])
 def test_router_rows_that_are_nearly_the_same_are_a_finding(
     pico: Pico, tmp_path: Path, cosine: float, told: bool

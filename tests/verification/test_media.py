@@ -38,6 +38,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return with_processor(make_tower(tmp_path_factory.mktemp("llava"), "llava", "llama", vocab_size=4104))
 
 
+@pytest.mark.long
 def test_an_image_goes_through_the_processor_and_the_processor_is_copied(source: Path, tmp_path: Path) -> None:
     settings = json.loads((source / "processor_config.json").read_text())
     hostile = {"auto_map": {"AutoProcessor": "evil.X"}, "chat_template_path": "/etc/passwd"}

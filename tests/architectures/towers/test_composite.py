@@ -251,6 +251,7 @@ def test_qwen2_5_vl_is_read_as_it_was_released(tower: Callable[..., Path], tmp_p
     assert not {"hidden_size", "rope_scaling", "rope_theta", "vision_start_token_id"} & set(after)
 
 
+@pytest.mark.long
 def test_text_is_written_and_evaluated(tower: Callable[..., Path], tmp_path: Path) -> None:
     for wrapper, text in (("llava", "llama"), ("qwen3_vl", "qwen3-vl")):
         source, out = tower(wrapper, text), tmp_path / wrapper

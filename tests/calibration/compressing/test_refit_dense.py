@@ -42,7 +42,7 @@ def run(dense: Any, index: int, windows: torch.Tensor, name: str) -> dict[str, t
     return {key: value.detach().reshape(-1, value.shape[-1]) for key, value in flat.items()}
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.long
 @pytest.mark.parametrize("joint", [True, False])
 @pytest.mark.parametrize(
     ("name", "tokens"),

@@ -203,7 +203,12 @@ def test_bad_input_is_refused_before_any_work(
         ),
         ("mixtral", ("--width", 66, "--param", "gather=top_kg", *TEXT), "66 cannot be divided among 4", "--width 64"),
         ("mixtral", ("--width", 64, "--param", "gather=all", *TEXT), "gather", "neurons"),
-        ("mixtral", ("--width", 64, "--refit", "blocks", *TEXT), "refit: blocks trains experts", "--refit down or none"),
+        (
+            "mixtral",
+            ("--width", 64, "--refit", "blocks", *TEXT),
+            "refit: blocks trains experts",
+            "--refit down or none",
+        ),
         ("mixtral", ("--width", 64, "--experts", 2, *TEXT), "--experts", ""),
     ],
 )

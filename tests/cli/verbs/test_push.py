@@ -33,6 +33,7 @@ def test_the_url_comes_last(hub: Any, out: Path) -> None:
     assert again.stderr == ""
 
 
+@pytest.mark.long
 def test_json(hub: Any, out: Path) -> None:
     result = json.loads(run("push", str(out), "alice/moe", "--json").stdout)
     assert result["commit"] == hub.repos["alice/moe"].refs["main"]

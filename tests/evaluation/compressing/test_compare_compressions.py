@@ -158,6 +158,7 @@ def test_candidates_are_written_one_at_a_time(
     assert there == [0, 0, 0, 0]
 
 
+@pytest.mark.long
 def test_an_interrupted_comparison_leaves_nothing(pico_moe: Models, temporary: Path) -> None:
     class Impatient(Progress):
         def __init__(self) -> None:

@@ -55,6 +55,7 @@ def test_pseudo_perplexity_masks_one_token_at_a_time(tmp_path: Path) -> None:
     assert (fewer.predicted, fewer.reference_perplexity) == (7, None)
 
 
+@pytest.mark.long
 def test_embeddings_are_compared_with_the_dense_parents(tmp_path: Path) -> None:
     model = text_encoder("bert", tmp_path / "dense")
     model.base_model.save_pretrained(tmp_path / "dense")  # without its head

@@ -130,6 +130,7 @@ def test_tensors_are_those_stock_transformers_reads(
         assert torch.equal(checkpoint.read(key), tensor), key
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("quantized", [False, True])
 def test_gemma_3_is_read_as_transformers_reads_it(tmp_path: Path, quantized: bool) -> None:
     """Its norms add 1, which the file holds added; every sixth layer is a full one, which it does not hold."""

@@ -132,6 +132,7 @@ def test_function_transforms(calls: list[Any]) -> None:
     assert len(calls) == 1
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("gradients", [False, True])
 def test_compiles_whole(backend: str, gradients: bool, calls: list[Any]) -> None:
@@ -151,6 +152,7 @@ def test_compiles_whole(backend: str, gradients: bool, calls: list[Any]) -> None
     assert not calls
 
 
+@pytest.mark.long
 @needs_compiler
 def test_a_compiled_models_blocks_can_be_switched(calls: list[Any]) -> None:
     torch._dynamo.reset()

@@ -154,7 +154,7 @@ def test_wrong_ranks_in_a_configuration_are_named(change: dict[str, Any], messag
         read_replaced([{**ffn.to_json(), **change}], "config.json")
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.long
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_stock_class_stores_the_products_and_says_that_it_saves_nothing(
     fused: bool, pico_moe: Models, tmp_path: Path

@@ -234,7 +234,7 @@ PROMPTS = [
 ]
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.long
 @pytest.mark.parametrize("router", ["hidden", "cheap_embed", "domain_ridge"])
 def test_routers_read_their_samples_and_neurons_the_text(router: str, branches: Branches, tmp_path: Path) -> None:
     sources = [{"name": str(source), **told} for source, told in zip(branches(2), PROMPTS, strict=True)]

@@ -130,6 +130,7 @@ def test_half_precision_is_as_near_as_the_dense_models(name: str, dtype: torch.d
     assert relative_error(output_of(loaded, inputs).float(), exact) < 1.5 * own  # two experts' sums round once more
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["gpt2", "bert", "vit"])
 def test_a_compiler_takes_the_whole_model(name: str) -> None:
     model, inputs = with_router(wrapped(small_model(name), pieces=4, rule=TopKRule(2))), inputs_of(name)

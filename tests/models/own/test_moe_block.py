@@ -120,6 +120,7 @@ def test_every_bias_may_be_missing(biases: frozenset[Bias]) -> None:
     assert kept == {f"{name}_bias" for name in biases}
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("router", [LINEAR, MLP], ids=["linear", "mlp"])
 @pytest.mark.parametrize("implementation", ["upcycle", "eager"])
 @pytest.mark.parametrize("rule", RULES, ids=str)

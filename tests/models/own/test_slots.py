@@ -129,6 +129,7 @@ def test_noise_and_expert_dropout_are_of_training_alone() -> None:
     assert not torch.allclose(block(noise=1.0).train()(x), expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["vit", "deit", "bert", "swin", "convnext"])
 def test_it_is_saved_loaded_compiled_and_trained(name: str, tmp_path: Any) -> None:
     from upcycle.models.own.recycling import recycle

@@ -64,6 +64,7 @@ def test_without_images_the_report_says_how_to_name_them(tmp_path: Path) -> None
     assert "--images FOLDER" in write_report(tmp_path / "out").data["routing"]["missing"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tokens", [64, 2048])
 def test_an_encoder_of_text_shows_its_routing(tokens: int, tmp_path: Path) -> None:
     text_encoder("bert", tmp_path / "dense")

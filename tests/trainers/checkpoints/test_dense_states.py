@@ -64,7 +64,7 @@ def states(recipe: TrainRecipe, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[s
     return found, taken[0]
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.long
 @pytest.mark.parametrize("zero", [0, 3])
 def test_experts_begin_with_the_dense_moments(
     dense_run: TrainRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zero: int

@@ -90,6 +90,7 @@ def test_what_is_cut_off_only_lowers_the_divergence(student: Any, tmp_path: Path
     assert 0 < steps(cut)[0]["loss/kl"] < steps(live)[0]["loss/kl"]
 
 
+@pytest.mark.long
 def test_a_stale_cache_is_refused(student: Any, tmp_path: Path) -> None:
     cache = str(tmp_path / "kept")
     run(distilled(student, tmp_path, "first", cache=cache))

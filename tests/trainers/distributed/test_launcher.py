@@ -83,6 +83,7 @@ def test_hosts_get_their_ranks_the_folder_and_the_environment(
     assert (tmp_path / "more").read_text() == f"s3cret {tmp_path}"
 
 
+@pytest.mark.long
 def test_the_exit_code_is_that_of_the_rank_that_failed(
     script: Path, ssh: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -238,6 +238,7 @@ def test_a_run_that_stopped_between_stages_goes_on_with_the_next(pico_moe: Model
     assert steps(parts) == steps(whole)
 
 
+@pytest.mark.long
 def test_distillation_from_the_parent_brings_the_student_to_it(pico: Model, tmp_path: Path) -> None:
     import upcycle
 

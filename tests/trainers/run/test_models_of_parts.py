@@ -61,6 +61,7 @@ def check_packing(folder: Path) -> None:
         assert error > 1e-3, "a leak that is none"
 
 
+@pytest.mark.long
 def test_the_text_model_trains_and_all_else_stays(converted: Path, tower: Tower, tmp_path: Path) -> None:
     distillation = {"parent": "auto", "logits": 0.5, "hidden": 0.5, "ffn": 0.5}
     stage = {"distillation": distillation}
@@ -78,6 +79,7 @@ def test_the_text_model_trains_and_all_else_stays(converted: Path, tower: Tower,
     assert upcycle.verify(result.model, source=str(tower("llava", "llama"))).verdict == "approximate"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("part", ["all", ["vision", "language"], ["vision", "connector"]])
 def test_experts_of_other_parts_stay_and_losses_see_routers_of_the_text_model_alone(
     part: Any, tower: Tower, tmp_path: Path
@@ -99,7 +101,7 @@ def test_experts_of_other_parts_stay_and_losses_see_routers_of_the_text_model_al
         assert torch.equal(before.read(name), after.read(name)) != of_text, name
 
 
-@pytest.mark.one_in(9)
+@pytest.mark.long
 @pytest.mark.parametrize("zero", [0, 3, 2])
 def test_a_continued_run_is_the_uninterrupted_one_bit_for_bit(zero: int, converted: Path, tmp_path: Path) -> None:
     whole = recipe_for(converted, tmp_path / "whole", zero={"stage": zero})

@@ -39,7 +39,7 @@ def cells() -> list[Any]:
     return [*quick, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in others)]
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "zero", "more"), cells())
 def test_one_rank_trains_the_same_part_under_every_stage(
     pico_moe: Model, tmp_path: Path, name: str, zero: int, more: dict[str, Any]

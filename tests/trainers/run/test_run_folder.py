@@ -89,6 +89,7 @@ def test_the_empty_log_of_a_run_killed_at_its_start_is_no_obstacle(tmp_path: Pat
         check_run_folder(log.parent, origin, True, ALONE)
 
 
+@pytest.mark.long
 def test_what_a_refused_run_finds_is_what_it_leaves(pico_moe: Callable[..., Path], tmp_path: Path) -> None:
     recipe = recipe_for(pico_moe("mixtral"), tmp_path, stage={"steps": 1, "losses": {}})
     run(recipe)
@@ -111,6 +112,7 @@ def test_what_a_refused_run_finds_is_what_it_leaves(pico_moe: Callable[..., Path
     assert "seed: 5" in (tmp_path / "run" / "recipe.yaml").read_text()
 
 
+@pytest.mark.long
 def test_the_old_checkpoints_stay_until_the_first_new_one(
     pico_moe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ def moe(pico: Pico, tmp_path: Path) -> Path:
     return tmp_path / "moe"
 
 
+@pytest.mark.long
 def test_experts_learn_and_the_run_says_that_routers_do_not(moe: Path, tmp_path: Path) -> None:
     recipe = recipe_for(moe, tmp_path / "all")
     _, said = run(recipe)

@@ -95,7 +95,7 @@ def test_what_was_trained_is_verified_evaluated_written_with_and_published(
     assert plan in card
 
 
-@pytest.mark.one_in(15)
+@pytest.mark.long
 @pytest.mark.parametrize("settings", [{"zero": {"stage": stage}} for stage in (0, 2, 3, 1)] + [{"dtype": "bfloat16"}])
 def test_a_continued_run_is_the_uninterrupted_one_bit_for_bit(
     settings: dict[str, Any], converted: Callable[..., Path], tmp_path: Path
@@ -141,7 +141,7 @@ def test_outputs_of_layers_are_recorded_from_both(name: str, monkeypatch: pytest
         assert relative_error(other.hidden, one.hidden) < 2e-6
 
 
-@pytest.mark.one_in(9)
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["opt", "gpt2", "falcon"])
 def test_copies_have_nothing_to_learn_from_their_parent(
     name: str, converted: Callable[..., Path], tmp_path: Path
@@ -160,6 +160,7 @@ def test_copies_have_nothing_to_learn_from_their_parent(
     assert all(line[f"loss/{loss}"] > 1e-4 for loss in ("kl", "hidden", "ffn")), line
 
 
+@pytest.mark.long
 def test_identical_experts_raise_the_alarm(converted: Callable[..., Path], tmp_path: Path) -> None:
     moe = converted("gpt2", **COPIES)
     recipe = recipe_for(moe, tmp_path, stage={"steps": 2, "train": ["rest"]}, alarms={"identical_after": 1})

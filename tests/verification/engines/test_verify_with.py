@@ -215,6 +215,7 @@ def test_wrong_arguments_are_refused(out: Path) -> None:
         verify_with(out, "vllm")
 
 
+@pytest.mark.long
 def test_a_worker_ends_when_its_parent_has_ended() -> None:
     """Killed before it could say so, too."""
     worker = Path(upcycle.__file__).parent / "verification" / "engines" / "workers"

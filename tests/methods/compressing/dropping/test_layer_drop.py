@@ -35,7 +35,7 @@ def cuts_of(folder: Path) -> dict[int, dict[str, Any]]:
     return {int(layer): found for layer, found in content.items()}
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "width"), [("qwen2_moe-softmax", 24), ("qwen3_moe", None), ("mellum", 40)])
 def test_the_layer_that_changes_the_stream_least_gets_the_neurons_that_add_most(
     name: str, width: int | None, pico_moe: Models, tmp_path: Path
