@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from upcycle.architectures.expert_terms import DenseMatrix, FactorRows, LayerCut, PackedMatrix
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.output_layout import OutputEntry, Unit, checked_finite
-from upcycle.conversion.factor_files import product, read_factors, write_factors
+from upcycle.conversion.factor_files import kept_file, product, read_factors, write_factors
 from upcycle.conversion.growth_conversion import GrowthConversion
 from upcycle.conversion.job import TokensRead
-from upcycle.errors import CheckpointError, UsageError
+from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import read_json
 from upcycle.files.formats.tensor_files import CONFIG
 from upcycle.files.output.workspace import LAYER_BLUEPRINTS, remove_parts
@@ -269,7 +269,7 @@ class CompressConversion(CompressJob, GrowthConversion):
             return {}
         from upcycle.calibration.compressing.made_parts import made_file
 
-        return _kept_file(made_file(folder, unit.layer))
+        return kept_file(made_file(folder, unit.layer))
 
     def _rounded(self, unit: Unit, folder: Path) -> dict[str, torch.Tensor]:
         """Return the rounded matrices of a unit, by the names of their parts."""
@@ -277,14 +277,14 @@ class CompressConversion(CompressJob, GrowthConversion):
 
         if unit.layer is None or not any(isinstance(entry.origin, InBits) for entry in unit.entries):
             return {}
-        return _kept_file(bits_file(folder, unit.layer))
+        return kept_file(bits_file(folder, unit.layer))
 
     def _refitted(self, unit: Unit, folder: Path) -> dict[str, torch.Tensor]:
         from upcycle.calibration.compressing.refit_cut import down_file
 
         if unit.layer is None or unit.layer not in self._fitted(folder):
             return {}
-        return _kept_file(down_file(folder, unit.layer))
+        return kept_file(down_file(folder, unit.layer))
 
     def _fitted(self, folder: Path) -> set[int]:
         """Return the layers of the source that were refitted."""
@@ -358,19 +358,6 @@ def _made_blocks(entry: OutputEntry, part: str, made: dict[str, torch.Tensor]) -
     if part in ("gate", "up"):
         block = block.chunk(2)[part == "up"]
     yield checked_finite(entry, block.reshape(entry.spec.shape).contiguous())
-
-
-def _kept_file(path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors that were decided on for a layer.
-
-    Raises:
-        CheckpointError: they are gone: written without them, the layer would be one that nobody fitted.
-    """
-    if not path.exists():
-        raise CheckpointError(f"{path} is missing", hint="--restart discards the unfinished result and begins again")
-    from safetensors.torch import load_file
-
-    return load_file(path)
 
 
 def _matrices(checkpoint: MoeCheckpoint, layer: int) -> Matrices:

@@ -1,4 +1,4 @@
-"""Keeps the thin matrices that a compression found on text until they are written, alone or multiplied with each other."""
+"""Keeps what a compression found on text until it is written; thin matrices, alone or multiplied with each other."""
 
 from __future__ import annotations
 
@@ -36,9 +36,17 @@ def read_factors(folder: Path, layer: int) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: they are missing.
     """
+    return kept_file(_file(folder, layer))
+
+
+def kept_file(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a file that deciding or fitting a layer wrote.
+
+    Raises:
+        CheckpointError: it is missing: without it, the layer would be one that nobody decided or fitted.
+    """
     from safetensors.torch import load_file
 
-    path = _file(folder, layer)
     if not path.exists():
         raise CheckpointError(f"{path} is missing", hint="--restart discards the unfinished result and begins again")
     return load_file(path)
