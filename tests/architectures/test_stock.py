@@ -315,7 +315,7 @@ COMMANDS = [
     "train recipe.yaml -q",
     "export run exported -q",
 ]
-NO_MODEL = {"list", "demo", "env", "tune-kernels"}  # they load nothing of the user's
+NO_MODEL = {"list", "recipe", "completion", "demo", "env", "tune-kernels"}  # they load nothing of the user's
 
 
 def test_every_verb_is_tried() -> None:

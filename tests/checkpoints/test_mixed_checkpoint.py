@@ -182,7 +182,7 @@ def test_the_command_line(branches: Branches, tmp_path: Path, capsys: pytest.Cap
     with pytest.raises(SystemExit) as caught:
         main(["convert", str(tmp_path / "c"), *flags])
     assert caught.value.code == 2
-    assert "Missing argument 'OUT'" in capsys.readouterr().err
+    assert "missing argument 'OUT'" in capsys.readouterr().err
 
 
 def test_an_out_that_is_one_of_the_sources(branches: Branches, tmp_path: Path) -> None:

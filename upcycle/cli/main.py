@@ -4,38 +4,63 @@ from __future__ import annotations
 
 import os
 import sys
+from difflib import get_close_matches
 from importlib import import_module
 
 import click
 
-from upcycle.cli.shared.output import flush_streams, prepare_streams, print_error, print_message, print_traceback
+from upcycle.cli.shared.output import (
+    flush_streams,
+    prepare_streams,
+    print_error,
+    print_json_error,
+    print_message,
+    print_traceback,
+)
+from upcycle.cli.shared.usage_errors import usage_error
 from upcycle.errors import UpcycleError, UsageError
 from upcycle.hardware.child_processes import SAFE_PATH_VARIABLE
 from upcycle.trainers.distributed.signals import INTERRUPTED, interrupting
 from upcycle.version import __version__
 
-VERBS = {
-    "convert": "convert",
-    "plan": "plan",
-    "verify": "verify",
-    "evaluate": "evaluate",
-    "compare": "compare",
-    "observe": "compressing.observe",
-    "compress": "compressing.compress",
-    "pack": "compressing.pack",
-    "unpack": "compressing.unpack",
-    "train": "train",
-    "export": "export",
-    "generate": "generate",
-    "chat": "chat",
-    "report": "report",
-    "card": "card",
-    "push": "push",
-    "list": "list_plugins",
-    "demo": "demo",
-    "tune-kernels": "tune_kernels",
-    "env": "env",
+# What a verb is for -> the verb -> its module. Help shows the groups in this order.
+VERB_GROUPS = {
+    "Convert": {
+        "convert": "convert",
+        "plan": "plan",
+        "verify": "verify",
+        "compare": "compare",
+        "recipe": "recipe",
+    },
+    "Compress": {
+        "observe": "compressing.observe",
+        "compress": "compressing.compress",
+        "pack": "compressing.pack",
+        "unpack": "compressing.unpack",
+    },
+    "Look": {
+        "evaluate": "evaluate",
+        "generate": "generate",
+        "chat": "chat",
+        "report": "report",
+    },
+    "Train": {
+        "train": "train",
+        "export": "export",
+    },
+    "Publish": {
+        "card": "card",
+        "push": "push",
+    },
+    "Tools": {
+        "demo": "demo",
+        "list": "list_plugins",
+        "completion": "completion",
+        "tune-kernels": "tune_kernels",
+        "env": "env",
+    },
 }
+VERBS = {name: module for group in VERB_GROUPS.values() for name, module in group.items()}
 CONTINUABLE = ("convert", "compress", "train", "push")  # their work so far is kept, so the same command can continue it
 
 
@@ -50,6 +75,30 @@ class _Verbs(click.Group):
             return None
         command: click.Command = import_module(f"upcycle.cli.verbs.{VERBS[cmd_name]}").command
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the verb that the arguments begin with.
+
+        Raises:
+            UsageError: there is no such verb; the hint names the one that was probably meant.
+        """
+        if args and args[0] not in VERBS and not args[0].startswith("-"):
+            near = get_close_matches(args[0], VERBS, n=1)
+            meant = f"did you mean '{near[0]}'? " if near else ""
+            raise UsageError(f"no such command: {args[0]}", hint=f"{meant}all of them: upcycle --help")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the verbs, each below what it is for."""
+        width = max(map(len, VERBS))
+        for title, names in VERB_GROUPS.items():
+            with formatter.section(title):
+                found = [(name, self.get_command(ctx, name)) for name in names]
+                formatter.write_dl(
+                    [(name.ljust(width), command.get_short_help_str(300)) for name, command in found if command]
+                )
 
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -74,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
         arguments: what stands behind ``upcycle``; default: that of this process.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     prepare_streams()
     os.environ.setdefault(SAFE_PATH_VARIABLE, "1")  # for processes that libraries start, such as compilers of kernels
     # Upcycle shows its own progress bars; the hub's would be drawn across them.
@@ -104,27 +153,30 @@ def _run(arguments: list[str], debug: bool) -> int:
             print_message("interrupted" + ("; run the same command again to continue" if continuable else ""))
         return INTERRUPTED
     except click.ClickException as error:
-        context = getattr(error, "ctx", None)
-        print_error(UsageError(error.format_message(), hint=f"{context.command_path} --help" if context else None))
-        return error.exit_code
+        return _failed(usage_error(error), arguments)
     except UpcycleError as error:
         if debug:
             print_traceback(error)
-        print_error(error)
-        return error.exit_code
+        return _failed(error, arguments)
     except BrokenPipeError:
         return 0  # the reader has closed the pipe (upcycle generate | head), which is no failure
     except Exception as error:
         if debug:
             print_traceback(error)
         name = type(error).__name__
-        print_error(
-            UpcycleError(
-                f"{name}: {error}",
-                hint="this is a bug in upcycle: please report it, with the output of --debug and of upcycle env",
-            )
+        fault = UpcycleError(
+            f"{name}: {error}",
+            hint="this is a bug in upcycle: please report it, with the output of --debug and of upcycle env",
         )
-        return 1
+        return _failed(fault, arguments)
+
+
+def _failed(error: UpcycleError, arguments: list[str]) -> int:
+    """Print what went wrong, also as JSON if that was asked for, and return the exit code."""
+    if "--json" in arguments:
+        print_json_error(error)
+    print_error(error)
+    return error.exit_code
 
 
 if __name__ == "__main__":

@@ -62,6 +62,10 @@ def _in_a_phase(text: str) -> None:
 # How every function that prints is called with one text.
 PRINTERS: dict[str, Callable[[str], Any]] = {
     "print_json": lambda text: output.print_json({text: [text]}),
+    "print_json_error": lambda text: (
+        output._said_in_json.clear(),
+        output.print_json_error(UpcycleError(text, hint=text)),
+    ),
     "print_json_line": lambda text: output.print_json_line([text]),
     "print_markdown": output.print_markdown,
     "print_model_text": lambda text: (output.print_model_text(text), output.print_model_text(text, "red")),

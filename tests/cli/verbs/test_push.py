@@ -44,7 +44,7 @@ def test_json(hub: Any, out: Path) -> None:
     ("arguments", "code", "words"),
     [
         (["push", "OUT", "moe"], 2, "'moe' has no owner"),
-        (["push", "OUT"], 2, "Missing argument 'REPO'"),
+        (["push", "OUT"], 2, "missing argument 'REPO'"),
         (["push", "OUT", "bob/moe"], 4, "you may not write to bob/moe"),
         (["push", "OUT/none", "alice/moe"], 2, "no such folder"),
         (["push", ".", "alice/moe"], 1, "has no upcycle.json"),

@@ -90,6 +90,8 @@ def json_page() -> str:
             "# JSON",
             "Keys of `--json` and of the Python functions' `as_dict()`. They are stable: keys may be added, not renamed.",
             markdown_table(["of", "keys"], rows),
+            "A command that fails prints `error` with `message`, `hint` (or null) and `exit_code`, unless its result is printed "
+            "already, as that of a `verify` which finds a broken model is; the message is on stderr, too.",
             'A section of a report that cannot be filled is `{"missing": reason}`.',
             "`upcycle list --json` maps each kind to its entries, `upcycle env --json` names to values; `upcycle demo --json` holds "
             "`conversions` (as `convert`), `prompt`, `continuations` and `report` (the page).",

@@ -9,6 +9,7 @@ import click
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from upcycle.cli.shared.completion import plugin_names
 from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import parse_yaml
 from upcycle.files.locate import is_local
@@ -67,6 +68,11 @@ _FLAGS = {
     ("--verify-text",): "verification.text",
     ("--verify-tokens",): "verification.tokens",
 }
+_COMPLETED = {
+    "method": "method",
+    "router.name": "router",
+    "target": "target",
+}  # key -> the kind of plug-in that it names
 # Parameters of single methods that have an option of their own; all others are given as --param NAME=VALUE.
 _PARAMETERS = {
     "--scale-placement": (
@@ -136,6 +142,8 @@ def _options_of(function: F, keys: Sequence[str]) -> F:
             settings["type"] = click.Choice(choices)
         elif field.annotation in (int, int | None, float, float | None):
             settings["type"] = int if field.annotation in (int, int | None) else float
+        if key in _COMPLETED:
+            settings["shell_complete"] = plugin_names(_COMPLETED[key])
         function = click.option(*flags, key.replace(".", "__"), **settings)(function)
     return function
 

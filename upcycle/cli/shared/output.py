@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from time import monotonic
 from typing import IO, Any, TextIO
 
 import click
@@ -22,11 +23,14 @@ from rich.text import Text
 from upcycle.cli.shared.terminal_safe import one_line, paragraph, prose
 from upcycle.errors import EnvironmentFault, UpcycleError
 from upcycle.files.private_text import own_secrets, scrub, scrub_machine
+from upcycle.formatting import duration
 from upcycle.progress import Progress
 
 _FILE_WIDTH = 160
+LINE_SECONDS = 30.0  # between lines of progress in a log
 VERDICT_STYLE = {"exact": "green", "approximate": "yellow", "broken": "red"}
 Cell = str | Text
+_said_in_json: list[bool] = []  # a JSON document is on stdout
 
 
 def prepare_streams() -> None:
@@ -35,6 +39,7 @@ def prepare_streams() -> None:
     A stream that was closed is opened on the null device. Otherwise the first file that is opened would get its number, and
     whatever a library prints would be written into that file. Characters that a stream's encoding lacks are replaced.
     """
+    _said_in_json.clear()
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         if getattr(sys, name) is None:
             setattr(sys, name, _nowhere(number, mode))
@@ -138,8 +143,17 @@ def _print(stream: TextIO, *parts: Text, **how: Any) -> None:
 
 def print_json(data: Any) -> None:
     """Print one JSON document on stdout, indented."""
+    _said_in_json[:] = [True]
     with _guarded(sys.stdout):
         click.echo(_json(data, indent=2))
+
+
+def print_json_error(error: UpcycleError) -> None:
+    """Print an error as the JSON document on stdout, unless a result is there already: programs read one document, or lines."""
+    if _said_in_json:
+        return
+    told = {"message": scrub(error.message), "hint": scrub(error.hint or "") or None, "exit_code": error.exit_code}
+    print_json({"error": told})
 
 
 def print_json_line(data: Any) -> None:
@@ -148,6 +162,7 @@ def print_json_line(data: Any) -> None:
     Raises:
         BrokenPipeError: the reader has gone.
     """
+    _said_in_json[:] = [True]
     with _guarded(sys.stdout, stop=True):
         click.echo(_json(data))
 
@@ -268,22 +283,32 @@ def _print_tagged(tag: str, style: str, message: str) -> None:
 
 
 class ProgressBars(Progress):
-    """Draws a bar with the remaining time for each phase, on stderr; draws nothing where stderr is no terminal."""
+    """Draws a bar with the remaining time for each phase, on stderr; where that is no terminal, a line now and then.
+
+    A log of a batch job, or a notebook's ``!upcycle``, has a line every :data:`LINE_SECONDS`, and nothing of phases that are
+    shorter. ``TQDM_DISABLE`` turns both off.
+    """
 
     def __init__(self, quiet: bool) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
         self._quiet = quiet
-        off = quiet or not sys.stderr.isatty() or bool(os.environ.get("CI") or os.environ.get("TQDM_DISABLE"))
+        off = quiet or bool(os.environ.get("TQDM_DISABLE"))
+        drawn = not off and sys.stderr.isatty() and not os.environ.get("CI")
         title = TextColumn("{task.description}", markup=False)
         columns = title, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        self._bars = RichProgress(*columns, console=_console(sys.stderr), transient=True, disable=off)
+        self._bars = RichProgress(*columns, console=_console(sys.stderr), transient=True, disable=not drawn)
         self._task: Any = None
+        self._lines = not off and not drawn
+        self._title, self._done, self._total = "", 0, 0
+        self._began = self._told = 0.0
 
     @contextmanager
     def phase(self, title: str, total: int) -> Iterator[None]:
         """Draw a bar of ``total`` steps until the ``with`` block ends."""
+        self._title, self._done, self._total = title, 0, total
+        self._began = self._told = monotonic()
         with self._bars:
             self._task = self._bars.add_task(one_line(title), total=total)
             try:
@@ -294,6 +319,12 @@ class ProgressBars(Progress):
     def advance(self, steps: int = 1) -> None:
         """Move the bar by ``steps``."""
         self._bars.advance(self._task, steps)
+        self._done += steps
+        now = monotonic()
+        if self._lines and now - self._told >= LINE_SECONDS and self._done < self._total:
+            self._told = now
+            left = duration((now - self._began) / self._done * (self._total - self._done))
+            print_message(f"{self._title}: {self._done:,} of {self._total:,}, about {left} left")
 
     def note(self, message: str) -> None:
         """Print a warning above the bar."""

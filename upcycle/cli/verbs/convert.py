@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from upcycle.cli.shared.completion import recipe_names
+from upcycle.cli.shared.grouped_help import GroupedCommand
 from upcycle.cli.shared.merging_facts import merging_facts
 from upcycle.cli.shared.options import build_recipe, common_options, quiet_option, recipe_options
 from upcycle.cli.shared.output import Cell, ProgressBars, note, print_facts, print_json
@@ -16,8 +18,8 @@ from upcycle.formatting import count, duration, size
 from upcycle.recipe.conversion_recipe import Recipe
 
 
-@click.command("convert", short_help="Convert SOURCE into a MoE and verify it")
-@click.argument("source", required=False)
+@click.command("convert", cls=GroupedCommand, short_help="Convert SOURCE into a MoE and verify it")
+@click.argument("source", required=False, shell_complete=recipe_names("convert", files=True))
 @click.argument("out", type=click.Path(path_type=Path), required=False)
 @recipe_options
 @click.option(

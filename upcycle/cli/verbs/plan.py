@@ -6,6 +6,8 @@ from typing import Any
 
 import click
 
+from upcycle.cli.shared.completion import recipe_names
+from upcycle.cli.shared.grouped_help import GroupedCommand
 from upcycle.cli.shared.options import build_recipe, common_options, recipe_options
 from upcycle.cli.shared.output import note, print_facts, print_json, print_table, warn
 from upcycle.cli.verbs.plan_run import command as plan_run
@@ -13,7 +15,7 @@ from upcycle.cli.verbs.plan_train import command as plan_train
 from upcycle.formatting import count, size
 
 
-class _Plan(click.Command):
+class _Plan(GroupedCommand):
     """Makes ``upcycle plan train RECIPE`` and ``plan run MOE`` commands of their own; any other first argument is a source."""
 
     def make_context(
@@ -27,7 +29,7 @@ class _Plan(click.Command):
 
 
 @click.command("plan", cls=_Plan, short_help="Print what a conversion would cost")
-@click.argument("source", required=False)
+@click.argument("source", required=False, shell_complete=recipe_names("convert", files=True))
 @recipe_options
 @common_options
 def command(source: str | None, as_json: bool, debug: bool, **flags: Any) -> None:

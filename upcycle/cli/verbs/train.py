@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from upcycle.cli.shared.completion import recipe_names
 from upcycle.cli.shared.options import assigned, common_options, quiet_option
 from upcycle.cli.shared.output import print_facts, print_json, print_message, warn
 from upcycle.errors import UsageError
@@ -42,7 +43,7 @@ set_option = click.option(
 
 
 @click.command("train", short_help="Train a model, on one rank or many")
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("recipe", type=click.Path(path_type=Path), shell_complete=recipe_names("train", files=True))
 @click.option("--model", help="train this model instead of the one in the recipe")
 @click.option("--output", help="folder of the run, instead of the one in the recipe")
 @set_option

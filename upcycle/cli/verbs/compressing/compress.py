@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from upcycle.cli.shared.grouped_help import GroupedCommand
 from upcycle.cli.shared.options import build_recipe, common_options, quiet_option, some_recipe_options
 from upcycle.cli.shared.output import note
 from upcycle.errors import UsageError
@@ -35,7 +36,7 @@ KEYS = (
 )
 
 
-@click.command("compress", short_help="Make a MoE smaller: fewer experts, refitted, and verify it")
+@click.command("compress", cls=GroupedCommand, short_help="Make a MoE smaller: fewer experts, refitted, and verify it")
 @click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))
 @some_recipe_options(*KEYS)
