@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from transformers import AutoModelForCausalLM
 import upcycle
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.errors import UsageError
+from upcycle.evaluation.evaluate import SAMPLE
+from upcycle.progress import Progress
 from upcycle.text.reading.plain_text import read_text
 from upcycle.text.windows import encode
 
@@ -89,7 +92,25 @@ def test_the_demo_card_states_what_evaluate_prints() -> None:
         assert f"| {text.text} | {text.predicted:,} | {text.perplexity:.2f} |" in card
 
 
+@pytest.mark.long
+def test_a_sample_is_read_and_said_unless_all_is_asked_for(pico: Pico) -> None:
+    said: list[str] = []
+
+    class Heard(Progress):
+        def tell(self, message: str) -> None:
+            said.append(message)
+
+    assert upcycle.evaluate(pico("llama"), text="prose", progress=Heard()).texts[0].tokens == SAMPLE
+    assert len(said) == 1
+    assert re.fullmatch(r"reading the first 8,192 tokens of each text \(prose has [\d,]+\); --full reads all", said[0])
+    whole = len(encode(load_tokenizer(pico("llama")), read_text("prose")))
+    assert upcycle.evaluate(pico("llama"), text="prose", full=True, progress=Heard()).texts[0].tokens == whole > SAMPLE
+    assert len(said) == 1
+
+
 def test_arguments_that_make_no_sense(pico: Pico) -> None:
+    with pytest.raises(UsageError, match="--tokens and --full"):
+        upcycle.evaluate(pico("llama"), text="prose", tokens=50, full=True)
     with pytest.raises(UsageError, match="stride"):
         upcycle.evaluate(pico("llama"), text="prose", tokens=50, window=16, stride=16)
     with pytest.raises(UsageError, match="fewer than two tokens"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from upcycle.text.windows import encode
 from upcycle.trainers.routing.router_load import LayerLoad, layer_load, load_counts
 from upcycle.verification.verdict import json_numbers, perplexity_of
 
+SAMPLE = 8192  # tokens of each text: a whole text can take an hour
 _BATCH_LOGIT_BYTES = 1 << 28  # of the fp32 logits of a batch, at most
 
 
@@ -81,6 +83,7 @@ def evaluate(
     window: int = 512,
     stride: int | None = None,
     tokens: int | None = None,
+    full: bool = False,
     tasks: str | Sequence[str] | None = None,
     task_folder: str | Path | None = None,
     limit: int | None = None,
@@ -105,7 +108,8 @@ def evaluate(
         reference: another model, measured in the same way; for texts, it must have the same tokenizer.
         window: tokens per window, at most the model's context.
         stride: tokens between the beginnings of windows.
-        tokens: most tokens to read of each text.
+        tokens: most tokens to read of each text, from its beginning; default: 8,192 (of masked language models, 512 are scored).
+        full: read whole texts.
         tasks: names of lm-eval's tasks, groups or tags.
         task_folder: folder with more tasks, which may not run code.
         limit: only the first questions of each task.
@@ -115,11 +119,14 @@ def evaluate(
         progress: receives the progress.
 
     Raises:
-        UsageError: a text is missing, the stride is not below the window, or a task is unknown or faulty.
+        UsageError: both ``tokens`` and ``full`` were given, a text is missing, the stride is not below the window, or a task is
+            unknown or faulty.
         EnvironmentFault: a model does not fit into memory, or lm-eval or the data of a task is missing.
     """
     if (task_folder or limit is not None) and not tasks:
         raise UsageError("--task-folder and --limit need --tasks", hint="name the tasks: --tasks NAME,NAME")
+    if full and tokens is not None:
+        raise UsageError("--tokens and --full: give one of them", hint="--full reads whole texts")
     other = str(reference) if reference else None
     scores = timed = None
     if tasks:
@@ -133,12 +140,20 @@ def evaluate(
     names = [text] if isinstance(text, str) else list(text or ([] if scores or timed else DEMO_TEXTS))
     if names and encoder_folder(str(model)) is not None:
         chosen = names if text else [*DEMO_TEXTS, EVERYDAY]
-        return _of_encoder(str(model), other, chosen, str(images) if images else None, window, tokens, progress)
+        return _of_encoder(
+            str(model),
+            other,
+            chosen,
+            str(images) if images else None,
+            window,
+            sys.maxsize if full else tokens,
+            progress,
+        )
     if images:
         raise UsageError(f"{model} reads no images", hint="leave --images out")
     if not names:
         return Evaluation(str(model), other, window, stride or max(1, window // 2), [], [], scores, timed)
-    found = _on_texts(str(model), other, names, window, stride, tokens, progress)
+    found = _on_texts(str(model), other, names, window, stride, None if full else tokens or SAMPLE, progress)
     return replace(found, tasks=scores, speed=timed)
 
 
@@ -167,7 +182,11 @@ def _on_texts(
     with progress.phase("loading text and model", 2):
         tokenizer = load_tokenizer(locate(model).path)
         contents = {name: unseen(name, _calibration(model)) for name in names}
-        encoded = {name: encode(tokenizer, content)[:tokens] for name, (content, _) in contents.items()}
+        whole = {name: encode(tokenizer, content) for name, (content, _) in contents.items()}
+        encoded = {name: ids[:tokens] for name, ids in whole.items()}
+        longer = [f"{name} has {len(ids):,}" for name, ids in whole.items() if len(ids) > len(encoded[name])]
+        if longer and tokens == SAMPLE:
+            progress.tell(f"reading the first {tokens:,} tokens of each text ({', '.join(longer)}); --full reads all")
         progress.advance()
         runner = _Runner(model, window, stride)
         progress.advance()

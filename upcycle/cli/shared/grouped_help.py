@@ -26,7 +26,10 @@ class GroupedCommand(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write every option's help, once, below the title of its group."""
-        records = [(parameter.name, parameter.get_help_record(ctx)) for parameter in self.get_params(ctx)]
+        options = [parameter for parameter in self.get_params(ctx) if isinstance(parameter, click.Option)]
+        records = [
+            ("help" if "--help" in option.opts else option.name, option.get_help_record(ctx)) for option in options
+        ]
         left = {str(name): record for name, record in records if record is not None}
         if len(left) > FEW:
             for title, names in OPTION_GROUPS.items():

@@ -25,7 +25,8 @@ from upcycle.evaluation.speed_table import speed_rows
 @click.option("--reference", metavar="DENSE", help="another model, usually the dense one, measured in the same way")
 @click.option("--window", type=click.IntRange(2), default=512, show_default=True, help="tokens per window")
 @click.option("--stride", type=click.IntRange(1), help="tokens between windows  [default: half a window]")
-@click.option("--tokens", type=click.IntRange(2), help="most tokens to read of each text")
+@click.option("--tokens", type=click.IntRange(2), help="most tokens to read of each text  [default: 8192]")
+@click.option("--full", is_flag=True, help="read whole texts")
 @click.option(
     "--tasks",
     metavar="NAME[,NAME]",
@@ -56,6 +57,7 @@ def command(
     window: int,
     stride: int | None,
     tokens: int | None,
+    full: bool,
     tasks: str | None,
     task_folder: Path | None,
     limit: int | None,
@@ -94,6 +96,7 @@ def command(
         window=window,
         stride=stride,
         tokens=tokens,
+        full=full,
         tasks=names,
         task_folder=task_folder,
         limit=limit,
