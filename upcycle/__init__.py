@@ -80,3 +80,7 @@ def __getattr__(name: str) -> Any:
     if name not in _FUNCTIONS:
         raise AttributeError(f"module 'upcycle' has no attribute '{name}'")
     return getattr(import_module(f"upcycle.{_FUNCTIONS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})  # what is loaded when first used is offered, too

@@ -16,6 +16,10 @@ class UpcycleError(Exception):
         self.message = message
         self.hint = hint
 
+    def __str__(self) -> str:
+        """Return the message and the hint, as a traceback or a notebook shows them."""
+        return f"{self.message}\n\nhint: {self.hint}" if self.hint else self.message
+
 
 class CheckpointError(UpcycleError):
     """A checkpoint that cannot be read, or whose content is damaged or wrong (exit code 1)."""

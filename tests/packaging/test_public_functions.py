@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import upcycle
+from upcycle.errors import UsageError
 
 
 def type_only_imports() -> dict[str, str]:
@@ -58,3 +59,15 @@ def test_register_kernels_tells_transformers(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.delitem(ALL_EXPERTS_FUNCTIONS._global_mapping, name, raising=False)
     upcycle.register_kernels()
     assert set(names) <= set(ALL_EXPERTS_FUNCTIONS.valid_keys())
+
+
+def test_tab_offers_the_functions_and_errors_carry_their_hints() -> None:
+    assert set(upcycle.__all__) <= set(dir(upcycle))
+    with pytest.raises(UsageError) as raised:
+        upcycle.plan("demo", method="randomsplit")
+    assert str(raised.value).startswith("unknown method 'randomsplit'\n\nhint: did you mean 'random_split'?")
+    assert str(UsageError("no hint")) == "no hint"
+
+
+def test_type_checkers_read_the_types() -> None:
+    assert (Path(upcycle.__file__).parent / "py.typed").is_file()
