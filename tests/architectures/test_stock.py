@@ -289,6 +289,7 @@ saving: {{every: 1, keep: 1}}
 FEW = ["--verify-tokens", "64", "-q"]
 COMMANDS = [
     "plan hostile --experts 4",
+    "init first.yaml --model hostile --engine llama.cpp",
     "convert hostile moe --experts 4",
     "convert hostile split --method alternating --experts 4 --top-k 2 --calibration demo --calibration-tokens 512 "
     "--set calibration.window=64",

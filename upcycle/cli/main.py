@@ -26,6 +26,7 @@ from upcycle.version import __version__
 # What a verb is for -> the verb -> its module. Help shows the groups in this order.
 VERB_GROUPS = {
     "Convert": {
+        "init": "init",
         "convert": "convert",
         "plan": "plan",
         "verify": "verify",

@@ -9,6 +9,7 @@ JSON_KEYS = {
     "plan": "sources family target method router calibration_tokens refit promise promise_reason parameters_dense "
     "parameters_total parameters_active bytes_dense bytes_output peak_memory_bytes flops_per_token_dense "
     "flops_per_token kind summary warnings shards time routing",
+    "init": "out recipe remarks commands plan",
     "plan time": "relative device instructions threads dtype prompt_tokens torch transformers error_median error_worst",
     "plan train": "kind world ranks device parameters parameters_active flops_per_token steps tokens options own recommended "
     "refused warnings command",

@@ -1,0 +1,107 @@
+"""``upcycle init``: five answers become a recipe that can be carried out, and the commands that follow."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+import upcycle
+from upcycle.cli.main import cli
+from upcycle.cli.verbs import init
+from upcycle.errors import UsageError
+from upcycle.files.formats.parsing import parse_yaml
+from upcycle.planning.first_recipe import ENGINES, GOALS, LLAMA_CPP, Answers, commands, draft, recipes_for
+from upcycle.registry import load
+
+ROOT = Path(__file__).parents[3]
+
+
+def run(*arguments: str, **how: Any) -> Any:
+    return CliRunner().invoke(cli, ["init", *arguments], catch_exceptions=False, **how)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs.txt").write_text("Some text. " * 50)
+    return tmp_path
+
+
+def test_engines_and_goals_are_those_of_the_options() -> None:
+    assert (init.GOALS, init.ENGINES) == (GOALS, ENGINES)
+
+
+def test_the_targets_of_llama_cpp_are_those_that_were_measured() -> None:
+    rows = (ROOT / "docs" / "measured" / "serving_targets.md").read_text(encoding="utf-8").splitlines()
+    same = [re.findall(r"`(\w+)`", row)[0] for row in rows if "| same |" in row]
+    assert same == list(LLAMA_CPP)
+
+
+@pytest.mark.one_in(6)
+@pytest.mark.parametrize("goal", GOALS)
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("train", [False, True])
+def test_every_draft_is_a_recipe_that_can_be_planned(goal: Any, engine: Any, train: bool) -> None:
+    answers = Answers("demo", goal, ("docs.txt", "other file's.txt"), train, engine)
+    targets = load("family", "llama").targets
+    for name in recipes_for(answers):
+        recipe = parse_yaml(draft(answers, name, targets).text, "draft", error=UsageError)
+        assert recipe["source"] == "demo"
+        if goal == "speed":
+            assert recipe["calibration"]["text"] == ["docs.txt", "other file's.txt"]
+        plan = upcycle.plan(**recipe)
+        assert plan.target in LLAMA_CPP or engine != "llama.cpp"
+        assert (plan.flops_per_token < plan.flops_per_token_dense) == (goal == "speed")
+    following = commands(answers, "mine.yaml")
+    assert following[0] == "upcycle convert mine.yaml OUT"
+    assert any(line.startswith("upcycle train") for line in following) == train
+    assert (following[-1] == f"upcycle verify {'TRAINED' if train else 'OUT'} --with {engine}") == (
+        engine != "transformers"
+    )
+
+
+def test_questions_are_asked_where_no_option_answers(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(init, "has_terminal", lambda: True)
+    result = run("--goal", "capacity", input="demo\ndocs.txt\ny\nvllm\n")
+    assert result.exit_code == 0, result.output
+    assert [line[:3] for line in result.stderr.splitlines() if re.match(r"\d/4", line)] == ["1/4", "2/4", "3/4", "4/4"]
+    assert parse_yaml((here / "upcycle.yaml").read_text(), "it", error=UsageError)["method"] == "virtual_groups"
+    assert "next  upcycle convert upcycle.yaml OUT\n" in result.stdout
+    assert "upcycle verify TRAINED --with vllm" in result.stdout
+    assert "data=docs.txt" in result.stdout
+
+
+def test_without_a_terminal_it_says_what_to_pass(here: Path) -> None:
+    with pytest.raises(UsageError, match="no terminal to ask on") as raised:
+        run()
+    assert "--model SOURCE" in str(raised.value.hint)
+    assert not (here / "upcycle.yaml").exists()
+
+
+def test_a_file_that_is_there_stays_unless_it_is_to_be_replaced(here: Path) -> None:
+    (here / "mine.yaml").write_text("mine")
+    with pytest.raises(UsageError, match=r"mine\.yaml is there already"):
+        run("mine.yaml", "--model", "demo")
+    assert (here / "mine.yaml").read_text() == "mine"
+    told = json.loads(run("mine.yaml", "--model", "demo", "--overwrite", "--json").stdout)
+    assert told["recipe"] == parse_yaml((here / "mine.yaml").read_text(), "it", error=UsageError)
+    assert told["recipe"]["calibration"]["text"] == ["self"]
+    assert told["commands"] == ["upcycle convert mine.yaml OUT", "upcycle report OUT"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "demo", "--text", "nothing.txt"), "no such text file: nothing.txt"),
+        (("--model", "nowhere"), "no such file or folder: nowhere"),
+    ],
+)
+def test_nothing_is_written_where_an_answer_is_wrong(here: Path, arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        run(*arguments)
+    assert [path.name for path in here.iterdir()] == ["docs.txt"]
