@@ -165,3 +165,17 @@ def test_a_log_has_a_line_of_progress_every_half_minute(
     with quiet.phase("refitting", 2):
         quiet.advance()
     assert capsys.readouterr().err == ""
+
+
+def test_one_of_a_kind_is_shown_with_its_parameters_and_paper(capsys: pytest.CaptureFixture[str]) -> None:
+    everything = CliRunner().invoke(cli, ["list", "losses"]).stdout
+    assert "ReMoE's regularisation" in everything
+    assert "lambda_0" not in everything
+    one = CliRunner().invoke(cli, ["list", "losses", "relu_l1"]).stdout
+    assert "https://arxiv.org/abs/2412.14711" in one
+    assert "lambda_0" in one
+    assert json.loads(CliRunner().invoke(cli, ["list", "losses", "relu_l1", "--json"]).stdout)["name"] == "relu_l1"
+    code, _, err = ended(capsys, "list", "losses", "relul1")
+    assert code == 2
+    assert "no such loss: relul1" in err
+    assert "did you mean 'relu_l1'?" in err

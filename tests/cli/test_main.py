@@ -169,7 +169,7 @@ def test_list_shows_every_plugin_with_its_paper() -> None:
     assert all(method["paper"].startswith("https://") for method in result["methods"] if method["name"] not in ours)
     text = run("list", "methods").stdout
     assert all(method["name"] in text for method in result["methods"])
-    assert "[default: 0.02]" in run("list", "routers").stdout  # brackets are text, not markup
+    assert "[default: 0.02]" in run("list", "routers", "random").stdout  # brackets are text, not markup
     assert "lfm2_moe" in run("list", "families").stdout
     assert "switch_balance" in run("list", "losses").stdout
     assert "| `alternating` |" in run("list", "methods", "--markdown").stdout

@@ -11,19 +11,20 @@ from upcycle.registry import FAMILIES, TARGETS, load
 from upcycle.registry import KINDS as REGISTRY
 
 LISTED_KINDS = ("methods", "routers", "families", "targets", "wrappers", "losses", "recipes")
-_SINGULAR = {
+SINGULAR = {
     "methods": "method",
     "routers": "router",
     "families": "family",
     "targets": "target",
     "wrappers": "wrapper",
     "losses": "loss",
+    "recipes": "recipe",
 }
 
 
 def plugins(kind: str) -> dict[str, Any]:
     """Return the plug-in classes of ``kind`` (a plural of :data:`LISTED_KINDS`) by name, in registry order."""
-    singular = _SINGULAR[kind]
+    singular = SINGULAR[kind]
     found = {name: load(singular, name) for name in REGISTRY[singular]}
     # A model of parts whose MoE is a class of its own is registered under both names.
     return {name: plugin for name, plugin in found.items() if singular != "wrapper" or plugin.name == name}
