@@ -76,9 +76,11 @@ dist:                   # wheel and sdist: built, checked, installed in clean en
 	.venv-dist/bin/twine check --strict dist/*
 	.venv-dist/bin/check-wheel-contents dist/*.whl
 	for version in $(TRIED); do \
-	    command -v python$$version > /dev/null || { echo "python$$version: not here, not tried"; continue; }; \
+	    found=$$(python$$version -c 'import sys; print(sys.executable)' 2> /dev/null \
+	        || ls -d $${PYENV_ROOT:-$$HOME/.pyenv}/versions/$$version.*/bin/python 2> /dev/null | tail -1); \
+	    test -n "$$found" || { echo "python$$version: not here, not tried"; continue; }; \
 	    for file in dist/*.whl dist/*.tar.gz; do \
-	        rm -rf .venv-dist-$$version && python$$version -m venv .venv-dist-$$version \
+	        rm -rf .venv-dist-$$version && $$found -m venv .venv-dist-$$version \
 	        && .venv-dist-$$version/bin/pip install --quiet --constraint constraints.txt torch \
 	        && .venv-dist-$$version/bin/pip install --quiet --constraint constraints.txt $$file \
 	        && .venv-dist-$$version/bin/upcycle convert demo .venv-dist-$$version/moe --experts 4 --top-k 2 --quiet > /dev/null \

@@ -28,7 +28,8 @@ from upcycle.files.names import TRAINED
 from upcycle.files.output.ownership import CHECKPOINTS, check_apart, check_output
 from upcycle.files.output.workspace import Workspace, explained_system_errors, sweep
 from upcycle.files.user_paths import user_path
-from upcycle.progress import SILENT, Progress
+from upcycle.notebook import IN_NOTEBOOKS, HtmlShown
+from upcycle.progress import Progress
 from upcycle.recipe.conversion_recipe import parse_size
 from upcycle.trainers.checkpoints.prepare_model import STORED_FILE
 from upcycle.trainers.checkpoints.read import SavedRun, open_checkpoint
@@ -41,7 +42,7 @@ _NOT_COPIED = (STATE_FILE, STORED_FILE, "config.json", "model.safetensors.index.
 
 
 @dataclass(frozen=True)
-class Exported:
+class Exported(HtmlShown):
     """What an export wrote: the folder, its dtype, layout and size, and how far the model was trained."""
 
     out: str
@@ -64,7 +65,7 @@ def export(
     layout: str = "keep",
     max_shard_size: str = "5GB",
     overwrite: bool = False,
-    progress: Progress = SILENT,
+    progress: Progress = IN_NOTEBOOKS,
 ) -> Exported:
     """Write the model of a checkpoint as stock transformers stores it.
 

@@ -12,6 +12,7 @@ from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import read_json
 from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.files.locate import is_local, locate
+from upcycle.notebook import HtmlShown
 from upcycle.recipe.conversion_recipe import read_recipe
 from upcycle.recipe.shipped_recipes import needed_recipe_file
 from upcycle.trainers.checkpoints.prepare_model import parent_folder
@@ -63,7 +64,7 @@ class Option:
 
 
 @dataclass(frozen=True)
-class TrainingPlan:
+class TrainingPlan(HtmlShown):
     """Estimates for every division that the trainer accepts, and which of them to choose."""
 
     world: World

@@ -19,6 +19,7 @@ from upcycle.files.locate import locate
 from upcycle.files.records import versions
 from upcycle.files.user_paths import user_path
 from upcycle.hardware.memory import keep_freed_memory
+from upcycle.notebook import HtmlShown
 from upcycle.trainers.checkpoints.prepare_model import check_parent_tokens, parent_folder, save_config, tokenizer_of
 from upcycle.trainers.checkpoints.read import SavedRun, open_checkpoint
 from upcycle.trainers.checkpoints.write import save
@@ -52,7 +53,7 @@ _FIRST_PROJECTIONS = (".experts.gate_up_proj", ".experts.gate_up", ".experts.up"
 
 
 @dataclass(frozen=True)
-class TrainResult:
+class TrainResult(HtmlShown):
     """How a run ended: at its end, or ``stopped`` by a signal. ``validation`` has the last losses in nats per token."""
 
     output: str

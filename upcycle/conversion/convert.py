@@ -28,6 +28,7 @@ from upcycle.files.output.ownership import check_apart, check_output
 from upcycle.files.output.workspace import Workspace, explained_system_errors, sweep
 from upcycle.files.user_paths import user_path
 from upcycle.hardware.memory import peak_memory
+from upcycle.notebook import IN_NOTEBOOKS, HtmlShown
 from upcycle.planning.cost import Plan
 from upcycle.planning.job import method_of
 from upcycle.planning.loadable import check_loadable
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Conversion:
+class Conversion(HtmlShown):
     """Holds the outcome of a conversion. ``as_dict`` has the documented JSON keys.
 
     ``layers`` holds what the calibration measured of each layer, ``merging`` the merges of sources and the numbers that
@@ -69,7 +70,7 @@ def convert(
     overwrite: bool = False,
     restart: bool = False,
     blueprint: str | Path | None = None,
-    progress: Progress = SILENT,
+    progress: Progress = IN_NOTEBOOKS,
     **keys: Any,
 ) -> Conversion:
     """Convert ``source`` into a MoE checkpoint at ``out``.

@@ -11,10 +11,11 @@ from upcycle.conversion.jobs import job_for
 from upcycle.errors import CheckpointError, UsageError
 from upcycle.files import records
 from upcycle.files.user_paths import user_path
+from upcycle.notebook import IN_NOTEBOOKS
 from upcycle.planning.job import method_of
 from upcycle.planning.open_sources import open_sources
 from upcycle.planning.verification_text import token_windows
-from upcycle.progress import SILENT, Progress
+from upcycle.progress import Progress
 from upcycle.recipe.conversion_recipe import parse_recipe, read_recipe
 from upcycle.verification.verdict import Verification
 
@@ -25,7 +26,7 @@ def verify(
     source: str | None = None,
     text: str | None = None,
     tokens: int = 1024,
-    progress: Progress = SILENT,
+    progress: Progress = IN_NOTEBOOKS,
 ) -> Verification:
     """Verify a folder that :func:`upcycle.convert` wrote, and keep the result in its ``verification.json``.
 

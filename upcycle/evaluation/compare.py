@@ -25,8 +25,9 @@ from upcycle.evaluation.comparison import Comparison, recommend, rows_of
 from upcycle.files.names import WRITTEN
 from upcycle.files.output.scratch import scratch
 from upcycle.hardware.memory import available_memory
+from upcycle.notebook import IN_NOTEBOOKS
 from upcycle.planning.job import check_calibrates
-from upcycle.progress import SILENT, Progress
+from upcycle.progress import Progress
 from upcycle.recipe.recipe_parts import CalibrationRecipe
 from upcycle.text.held_out import FLATTERING, seen_share, sketch
 from upcycle.text.mixture import mixed_windows, read_texts
@@ -52,7 +53,7 @@ def compare(
     batch: int = 1,
     timed: bool = True,
     seed: int = 0,
-    progress: Progress = SILENT,
+    progress: Progress = IN_NOTEBOOKS,
 ) -> Comparison:
     """Compare splitting methods, routers and refits on one model.
 

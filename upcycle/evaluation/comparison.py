@@ -11,6 +11,7 @@ from upcycle.evaluation.candidate_walk import Candidate, Texts, ratio
 from upcycle.evaluation.candidates import CandidateOptions, named_parts
 from upcycle.evaluation.compare_times import Timing
 from upcycle.evaluation.frontier import best_at_speed, fastest_within, frontier
+from upcycle.notebook import HtmlShown
 from upcycle.planning.cost import Plan
 
 
@@ -48,7 +49,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(HtmlShown):
     """Holds the table and the dense model's perplexities. ``as_dict`` has the documented JSON keys.
 
     ``unseen`` names the domains of embedded text, of whose kind nothing was calibrated on.

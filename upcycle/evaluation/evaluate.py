@@ -23,7 +23,8 @@ from upcycle.files import records
 from upcycle.files.locate import locate
 from upcycle.files.user_paths import user_path
 from upcycle.models.load import load_model
-from upcycle.progress import SILENT, Progress
+from upcycle.notebook import IN_NOTEBOOKS, HtmlShown
+from upcycle.progress import Progress
 from upcycle.text.held_out import unseen
 from upcycle.text.reading.plain_text import DEMO_TEXTS, EVERYDAY
 from upcycle.text.windows import encode
@@ -52,7 +53,7 @@ class TextResult:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(HtmlShown):
     """Holds the results for one model; what was not measured is empty or None. ``as_dict`` has the documented JSON keys.
 
     Of masked language models, ``texts`` has pseudo-perplexities. ``embeddings`` and ``classes`` are those of other encoders.
@@ -90,7 +91,7 @@ def evaluate(
     batch: int = 8,
     speed: bool = False,
     images: str | Path | None = None,
-    progress: Progress = SILENT,
+    progress: Progress = IN_NOTEBOOKS,
 ) -> Evaluation:
     """Measure perplexity in fp32 with strided windows, and the load of every expert; or scores on ``tasks``, or ``speed``.
 

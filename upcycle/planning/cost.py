@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from upcycle.checkpoints.output_layout import Shard
+from upcycle.notebook import HtmlShown
 from upcycle.recipe.conversion_recipe import parse_size
 
 CALIBRATION_BATCH_TOKENS = 4096
@@ -19,7 +20,7 @@ RESIDENT_BYTES = _INTERPRETER_BYTES + _STOCK_CLASSES  # before a weight is read
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(HtmlShown):
     """Holds what a conversion will cost and what it promises. ``as_dict`` has the documented JSON keys.
 
     ``sources`` is empty where there is one source. ``kind`` is the method's. Where the result is not made of

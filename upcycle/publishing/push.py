@@ -23,7 +23,8 @@ from upcycle.files.card_section import own_section
 from upcycle.files.private_text import without_password
 from upcycle.files.records import CARD_FILE, EVALUATION_FILE, FILE, VERIFICATION_FILE
 from upcycle.files.user_paths import user_path
-from upcycle.progress import SILENT, Progress
+from upcycle.notebook import IN_NOTEBOOKS, HtmlShown
+from upcycle.progress import Progress
 from upcycle.publishing.hub_errors import Hub, from_environment
 from upcycle.publishing.hub_repository import Repository, RevisionState, check_repo_name, check_revision, operation_of
 from upcycle.publishing.model_card import make_card
@@ -45,7 +46,7 @@ class PushedFile:
 
 
 @dataclass(frozen=True)
-class Push:
+class Push(HtmlShown):
     """Holds what was published or, with ``dry_run``, would be. ``as_dict`` has the documented JSON keys.
 
     ``bytes_to_send`` counts the files that the repository does not have yet; ``commit`` is None where nothing had changed;
@@ -89,7 +90,7 @@ def push(
     base_model: str | None = None,
     allow: Sequence[str] = (),
     endpoint: str | None = None,
-    progress: Progress = SILENT,
+    progress: Progress = IN_NOTEBOOKS,
 ) -> Push:
     """Publish a folder that :func:`upcycle.convert` wrote, with a model card.
 

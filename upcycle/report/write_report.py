@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from upcycle.errors import EnvironmentFault, UsageError
 from upcycle.files.atomic_files import write_text_whole
 from upcycle.files.output.ownership import cannot_write, check_overwritable, holds_keys
 from upcycle.files.user_paths import user_path
-from upcycle.progress import SILENT, Progress
+from upcycle.notebook import IN_NOTEBOOKS
+from upcycle.progress import Progress
 from upcycle.report.data.collect import Wanted, collect
 
 _GENERATOR = '<meta name="generator" content="upcycle report">'
@@ -27,6 +29,10 @@ class Report:
     json: Path
     data: dict[str, Any]
 
+    def _repr_html_(self) -> str:
+        page = escape(self.html.read_text(encoding="utf-8"))
+        return f"<iframe srcdoc='{page}' sandbox style='width:100%;height:48em;border:0'></iframe>"
+
 
 def can_draw() -> bool:
     """Return whether the extra ``report`` is installed."""
@@ -34,7 +40,7 @@ def can_draw() -> bool:
 
 
 def write_report(
-    name: str | Path, out: str | Path | None = None, wanted: Wanted | None = None, progress: Progress = SILENT
+    name: str | Path, out: str | Path | None = None, wanted: Wanted | None = None, progress: Progress = IN_NOTEBOOKS
 ) -> Report:
     """Write a report on a conversion's OUT, a training run, or another model.
 

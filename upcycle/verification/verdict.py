@@ -13,13 +13,15 @@ from typing import Any, Literal
 import torch
 from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, log_softmax
 
+from upcycle.notebook import HtmlShown
+
 EXACT_TOLERANCE = 1e-5
 MUCH_WORSE = 1.25  # times the loss of quality on text of the kinds that were calibrated on
 LOGITS, STATES = "logits", "hidden states"  # what two models are compared by
 
 
 @dataclass(frozen=True)
-class Verification:
+class Verification(HtmlShown):
     """Holds what was promised, what was measured, and the verdict. ``as_dict`` has the documented JSON keys.
 
     Errors are relative: ``||moe - dense|| / ||dense||`` over all tokens; 0 where both are zero, and infinite (null in JSON)

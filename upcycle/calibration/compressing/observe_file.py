@@ -15,7 +15,8 @@ from upcycle.errors import EnvironmentFault, UsageError
 from upcycle.files.output.workspace import explained_system_errors
 from upcycle.files.user_paths import user_path
 from upcycle.methods.compressing.observations import FEW_TOKENS, Observations, noted
-from upcycle.progress import SILENT, Progress
+from upcycle.notebook import IN_NOTEBOOKS
+from upcycle.progress import Progress
 from upcycle.recipe.conversion_recipe import parse_recipe
 from upcycle.text.mixture import read_texts, traces
 from upcycle.text.text_record import text_record
@@ -29,7 +30,7 @@ def observe(
     dtype: str = "keep",
     revision: str | None = None,
     overwrite: bool = False,
-    progress: Progress = SILENT,
+    progress: Progress = IN_NOTEBOOKS,
     window: int | None = None,
 ) -> dict[str, Any]:
     """Observe the experts of ``moe`` on text, and write the observations into the file ``out``.

@@ -34,7 +34,8 @@ from upcycle.formatting import duration, size
 from upcycle.hardware.memory import available_memory
 from upcycle.methods.compressing.base import LOSS_WARNING
 from upcycle.models.stock_model import folder_model
-from upcycle.progress import SILENT, Progress
+from upcycle.notebook import IN_NOTEBOOKS
+from upcycle.progress import Progress
 from upcycle.registry import FAMILIES
 from upcycle.text.mixture import text_names
 from upcycle.text.reading.plain_text import SELF_WRITTEN
@@ -70,7 +71,7 @@ def compare_compressions(
     batch: int = 1,
     timed: bool = True,
     seed: int = 0,
-    progress: Progress = SILENT,
+    progress: Progress = IN_NOTEBOOKS,
 ) -> CutComparison:
     """Compare methods that compress a MoE at every size, with and without the refit, on the same observations.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from upcycle.errors import UsageError
 from upcycle.evaluation.frontier import pareto
+from upcycle.notebook import HtmlShown
 from upcycle.verification.verdict import MUCH_WORSE
 
 _OTHER_WORDS = 0.5  # of what a model writes: below, it hardly writes what the uncut one does
@@ -51,7 +52,7 @@ class CutResult:
 
 
 @dataclass(frozen=True)
-class CutComparison:
+class CutComparison(HtmlShown):
     """Holds the table, and the uncut model's perplexities. ``as_dict`` has the documented JSON keys.
 
     ``unseen`` names the texts of kinds that nothing was calibrated on. ``continuations`` is how many were compared, of

@@ -20,7 +20,8 @@ from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.files.output.scratch import scratch
 from upcycle.files.user_paths import user_path
 from upcycle.models.load import load_model
-from upcycle.progress import SILENT, Progress
+from upcycle.notebook import IN_NOTEBOOKS, HtmlShown
+from upcycle.progress import Progress
 from upcycle.text.reach import MOST_WORK, Reach, reach_of
 from upcycle.text.reading.plain_text import DEMO_TEXTS, read_text
 from upcycle.text.windows import encode, windows_of
@@ -36,7 +37,7 @@ _TRAPS = "In 2024, 1234567 people  don't\n\n\tréservé   naïve — 你好,世�
 
 
 @dataclass(frozen=True)
-class ServingCheck:
+class ServingCheck(HtmlShown):
     """Holds the comparison of an engine with transformers. ``as_dict`` has the documented JSON keys.
 
     The verdict is ``same`` if every token, and every gap between the two best logits, equals that of transformers except for
@@ -77,7 +78,7 @@ def verify_with(
     text: str | None = None,
     tokens: int = TOKENS,
     python: str | None = None,
-    progress: Progress = SILENT,
+    progress: Progress = IN_NOTEBOOKS,
 ) -> ServingCheck:
     """Compare an engine's greedy text with that of stock transformers in fp32, and save the result in ``evaluation.json``.
 
