@@ -40,6 +40,76 @@ LOOK = """(async () => {
 })()"""
 
 
+# What the page's script does, as a reader would ask for it.
+USE = """(async () => {
+  document.querySelectorAll("details").forEach(part => part.open = true);
+  const figures = [...document.querySelectorAll("figure.plot")].filter(part => part.reportParts);
+  const tip = document.querySelector(".tip");
+  const point = (figure, x, y) => {
+    const area = figure.querySelector(".area"), box = area.getBoundingClientRect();
+    area.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + x * box.width, clientY: box.top + y * box.height}));
+    return tip.style.display === "none" ? "" : tip.innerText;
+  };
+  const grid = figures.find(part => part.querySelector("img")), line = figures.find(part => part.querySelector("path.line"));
+  const picture = new Uint8Array(await (await grid.reportParts.png()).arrayBuffer());
+  const table = [...document.querySelectorAll(".scroll > table")].find(part => part.tBodies[0].rows.length > 10);
+  const column = () => [...table.tBodies[0].rows].map(row => parseFloat(row.cells[2].innerText));
+  const heading = table.tHead.rows[0].cells[2], sorted = [];
+  for (let i = 0; i < 2; i++) { heading.querySelector("button").click(); sorted.push([heading.getAttribute("aria-sort"), column()]); }
+  const layers = [...document.querySelectorAll(".layers > details")], picker = document.querySelector(".layers select");
+  const before = layers.map(part => part.hidden);
+  picker.value = "1";
+  picker.dispatchEvent(new Event("change"));
+  line.querySelector(".tools button").click();
+  return {
+    figures: figures.length,
+    tips: [point(grid, 0.01, 0.01), point(line, 0.0, 0.5)],
+    csv: line.reportParts.csv(),
+    numbers: line.querySelector(".numbers table").tBodies[0].rows.length,
+    picture: [...picture.slice(0, 8)],
+    bytes: picture.length,
+    sorted, before,
+    after: layers.map(part => part.hidden),
+  };
+})()"""
+
+
+def test_values_are_shown_saved_sorted_and_picked(full_report: Report) -> None:
+    with Browser() as browser:
+        page = browser.open(full_report.html.as_uri(), 1280, 900, "light", USE)
+    assert page.errors == []
+    used, layers = page.values, full_report.data["routing"]["layers"]
+    assert used["figures"] > 15
+    first = layers[0]
+    assert used["tips"][0].splitlines()[0] == f"layer {first['layer']}, expert 0"
+    assert float(used["tips"][0].splitlines()[1].split()[0]) == pytest.approx(first["load"][0], rel=1e-3)
+    assert used["tips"][1].startswith("layer ")
+    header, *rows = used["csv"].splitlines()
+    assert header.startswith("layer,")
+    assert len(rows) == used["numbers"] > 1
+    assert bytes(used["picture"]) == b"\x89PNG\r\n\x1a\n"
+    assert used["bytes"] > 5000
+    loads = sorted(round(load, 2) for layer in layers for load in layer["load"])
+    assert used["sorted"] == [["ascending", loads], ["descending", loads[::-1]]]
+    assert (used["before"], used["after"]) == ([False, True], [True, False])
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light")])
+def test_axe_finds_nothing_serious(full_report: Report, width: int, scheme: str) -> None:
+    axe = Path(str(pytest.importorskip("axe_core_python").__file__)).with_name("axe.min.js").read_text(encoding="utf-8")
+    run = (
+        axe
+        + """;(async () => {
+      document.querySelectorAll("details").forEach(part => part.open = true);
+      document.querySelectorAll(".tools button:first-child").forEach(part => part.click());
+      return (await axe.run()).violations.map(each => [each.id, each.impact, each.nodes[0].html]);
+    })()"""
+    )
+    with Browser() as browser:
+        page = browser.open(full_report.html.as_uri(), width, 900, scheme, run)
+    assert [each for each in page.values if each[1] in ("serious", "critical", "moderate")] == []
+
+
 @pytest.fixture(scope="module")
 def seen(full_report: Report) -> dict[tuple[int, str], Any]:
     """What the browser saw: (width, scheme) -> page."""

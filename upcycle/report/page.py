@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,15 @@ from upcycle.report.sections.cost import cost_view
 from upcycle.report.sections.exactness import exactness_view
 from upcycle.report.sections.experts import experts_view
 from upcycle.report.sections.made import made_view
+from upcycle.report.sections.models import models_view
 from upcycle.report.sections.quality import quality_view
 from upcycle.report.sections.routing import routing_view
 from upcycle.report.sections.speed import speed_view
 from upcycle.report.sections.summary import summary_view
 from upcycle.report.sections.tasks import tasks_view
+from upcycle.report.sections.terms import explained
 from upcycle.report.sections.training import training_view
+from upcycle.version import __version__
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _View = Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -41,6 +46,18 @@ _SECTIONS: dict[str, tuple[str, _View]] = {
 
 def draw_page(data: Mapping[str, Any]) -> str:
     """Return the HTML of a report's data (:func:`upcycle.report.data.collect.collect`); the page loads nothing from outside."""
+    sections = [(name, title, data[name], _view(view, data[name])) for name, (title, view) in _SECTIONS.items()]
+    return _drawn("page.html", data["out"], summary=summary_view(data), sections=sections)
+
+
+def draw_models(data: Mapping[str, Any]) -> str:
+    """Return the HTML of several models side by side (:func:`upcycle.report.write_report.write_side_by_side`)."""
+    names = ", ".join(model["out"] for model in data["models"])
+    return _drawn("models.html", names, view=models_view(data["models"], data["vocabularies"]))
+
+
+def _drawn(template: str, out: str, **content: Any) -> str:
+    """Fill a template, and the one around it: style, script, and a policy that lets no other script run."""
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -48,13 +65,16 @@ def draw_page(data: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    sections = [(name, title, data[name], _view(view, data[name])) for name, (title, view) in _SECTIONS.items()]
-    return environment.get_template("page.html").render(
-        out=data["out"],
-        version=data["upcycle"],
-        summary=summary_view(data),
-        sections=sections,
+    environment.filters["explained"] = explained
+    script = (_TEMPLATES / "script.js").read_text(encoding="utf-8")
+    digest = hashlib.sha256(f"\n{script}\n".encode()).digest()
+    return environment.get_template(template).render(
+        out=out,
+        version=__version__,
+        script=Markup(script),
+        script_hash=base64.b64encode(digest).decode("ascii"),
         style=Markup((_TEMPLATES / "style.css").read_text(encoding="utf-8")),
+        **content,
     )
 
 

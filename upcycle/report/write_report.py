@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +17,7 @@ from upcycle.files.user_paths import user_path
 from upcycle.notebook import IN_NOTEBOOKS
 from upcycle.progress import Progress
 from upcycle.report.data.collect import Wanted, collect
+from upcycle.report.data.subject import find_subject
 
 _GENERATOR = '<meta name="generator" content="upcycle report">'
 INSTALL_REPORT = "pip install 'upcycle[report]'"
@@ -78,6 +80,50 @@ def write_report(
     return Report(html, found, data)
 
 
+MOST_MODELS = 6  # which colours and dashes can tell apart
+
+
+def write_side_by_side(
+    names: Sequence[str], out: str | Path, wanted: Wanted | None = None, progress: Progress = IN_NOTEBOOKS
+) -> Report:
+    """Write one page about several models: quality against time and FLOPs, and what is said of each.
+
+    Args:
+        names: two to six folders or hub ids.
+        out: the HTML file; the JSON file, with the data of every model's report, is written beside it.
+        wanted: what to measure, of each.
+        progress: receives the progress.
+
+    Raises:
+        UsageError: there are fewer models or more, or one is named twice.
+        EnvironmentFault: the extra ``report`` is not installed, or a file cannot be written.
+        UpcycleError: there is nothing to report on.
+    """
+    if not 2 <= len(names) <= MOST_MODELS or len(set(names)) < len(names):
+        raise UsageError(
+            f"{len(names)} models side by side: {', '.join(names)}", hint=f"name two to {MOST_MODELS}, each once"
+        )
+    if not can_draw():
+        raise EnvironmentFault("a report needs jinja2, which is not installed", hint=INSTALL_REPORT)
+    from upcycle.report.page import draw_models
+
+    html = user_path(out)
+    if html.suffix not in (".html", ".htm") or not html.absolute().parent.is_dir():
+        raise UsageError(f"cannot write a report to {html}", hint="--out names an .html file in a folder that exists")
+    check_report(html)
+    subjects = [find_subject(name) for name in names]
+    calibrations = [each.record["calibration"] for each in subjects if each.record and each.record.get("calibration")]
+    alike = replace(wanted or Wanted(), calibrations=calibrations)
+    data = {
+        "models": [collect(name, alike, progress)[1] for name in names],
+        "vocabularies": sorted({each.text_config.get("vocab_size", 0) for each in subjects}),
+    }
+    page, found = draw_models(data), html.with_suffix(".json")
+    _write(found, json.dumps(data, indent=1, allow_nan=False) + "\n")
+    _write(html, page)
+    return Report(html, found, data)
+
+
 def check_report(html: Path) -> None:
     """Refuse to overwrite a page, or the JSON file beside it, that is not a report.
 
@@ -85,7 +131,8 @@ def check_report(html: Path) -> None:
         UsageError: there is such a file.
     """
     check_overwritable(html, lambda text: _GENERATOR in text[:4096])
-    check_overwritable(html.with_suffix(".json"), holds_keys("out", "upcycle", "summary", "provenance"))
+    one, several = holds_keys("out", "upcycle", "summary", "provenance"), holds_keys("models", "vocabularies")
+    check_overwritable(html.with_suffix(".json"), lambda text: one(text) or several(text))
 
 
 def _write(path: Path, text: str) -> None:

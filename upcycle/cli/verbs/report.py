@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,8 +13,12 @@ from upcycle.formatting import size
 
 
 @click.command("report", short_help="Write an HTML page about a model")
-@click.argument("out_folder", metavar="OUT")
-@click.option("--out", type=click.Path(path_type=Path), help="the HTML file  [default: report.html in OUT]")
+@click.argument("models", metavar="OUT...", nargs=-1, required=True)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="the HTML file  [default: report.html in OUT, or of several models here]",
+)
 @click.option("--source", metavar="DENSE", help="the dense model, if it is no longer where recipe.yaml says")
 @click.option(
     "--text",
@@ -46,7 +51,7 @@ from upcycle.formatting import size
 @quiet_option
 @common_options
 def command(
-    out_folder: str,
+    models: tuple[str, ...],
     out: Path | None,
     source: str | None,
     text: tuple[str, ...],
@@ -60,7 +65,7 @@ def command(
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Write an HTML page about the model in OUT, and a JSON file with its numbers.
+    """Write an HTML page about the model in OUT, or about several side by side, and a JSON file with its numbers.
 
     OUT is a folder that upcycle convert or upcycle train wrote, finished or not, or any other model; the page shows whatever
     can be found out about it. Models are run in memory, in fp32.
@@ -70,14 +75,22 @@ def command(
     upcycle report ./moe --text docs.txt --text code.txt --prompt "def main():"
     upcycle report ./moe --compare compare.json --training ./run
     upcycle report ./vit-moe --images ./photos
+    upcycle report ./llama ./half ./healed ./pruned --out models.html
     """
     from upcycle.report.data.collect import PROMPTS, Wanted
-    from upcycle.report.write_report import write_report
+    from upcycle.report.write_report import write_report, write_side_by_side
 
     wanted = Wanted(text, tokens, prompt or PROMPTS, source, compare, training, run=not no_run, images=images)
-    report = write_report(out_folder, out, wanted, ProgressBars(quiet))
+    if len(models) > 1:
+        report = write_side_by_side(models, out or "report.html", wanted, ProgressBars(quiet))
+    else:
+        report = write_report(models[0], out, wanted, ProgressBars(quiet))
     if as_json:
         print_json(report.data)
+        return
+    if len(models) > 1:
+        verdicts = [(data["out"], data["summary"]["verdict"]) for data in report.data["models"]]
+        print_facts([*verdicts, _written(report)])
         return
     summary = report.data["summary"]
     absent = [f"{name}: {part['missing']}" for name, part in report.data.items() if _is_missing(part)]
@@ -87,8 +100,12 @@ def command(
         for part in summary["findings"]
     ]
     facts += [("left out", text) for text in absent]
-    facts.append(("report", f"{report.html} ({size(report.html.stat().st_size)}), numbers in {report.json}"))
-    print_facts(facts)
+    facts += [("next", answer["command"]) for answer in summary["answers"][-1:] if answer["command"]]
+    print_facts([*facts, _written(report)])
+
+
+def _written(report: Any) -> tuple[str, str]:
+    return "report", f"{report.html} ({size(report.html.stat().st_size)}), numbers in {report.json}"
 
 
 def _is_missing(part: object) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ class Wanted:
         training: the folder or log of a training run, where the model is not in it.
         run: False only reads files and runs no model.
         images: a folder of images, for encoders that read them.
+        calibrations: records of what other models were calibrated on, beside which this one is shown: that is not read, either.
     """
 
     texts: Sequence[str] = ()
@@ -54,6 +55,7 @@ class Wanted:
     training: Path | None = None
     run: bool = True
     images: str | None = None
+    calibrations: Sequence[Mapping[str, Any]] = ()
 
 
 def collect(name: str, wanted: Wanted, progress: Progress = SILENT) -> tuple[Subject, dict[str, Any]]:
@@ -152,7 +154,7 @@ def _run(subject: Subject, wanted: Wanted, progress: Progress) -> dict[str, Any]
     from upcycle.report.data.texts import read_domains
 
     with progress.phase("loading models", 1):
-        tokenizer, domains = read_domains(subject, wanted.texts, wanted.tokens)
+        tokenizer, domains = read_domains(subject, wanted.texts, wanted.tokens, wanted.calibrations)
         models = load_models(subject, wanted.source)
         progress.advance()
     measured = run_models(models, domains, progress)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from upcycle.report.data.answers import answers
 from upcycle.report.data.subject import Subject
 from upcycle.verification.verdict import overfitted, unseen_ratio
 
@@ -16,9 +17,10 @@ _ALIKE = 0.9  # cosine (26 degrees) from which on two router rows nearly always 
 
 
 def summary_data(subject: Subject, sections: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the ``verdict`` of the verification (or ``unverified``, ``unfinished``), its ``explanation``, and ``findings``.
+    """Return the ``verdict`` of the verification (or ``unverified``, ``unfinished``), its ``explanation``, and more.
 
-    Each finding has a ``level`` and a ``text``; the worst come first.
+    Each of the ``findings`` has a ``level`` and a ``text``; the worst come first. The ``answers`` are those of
+    :func:`upcycle.report.data.answers.answers`.
     """
     verification = sections["exactness"].get("verification")
     verdict = verification["verdict"] if verification else "unverified"
@@ -42,6 +44,7 @@ def summary_data(subject: Subject, sections: Mapping[str, Any]) -> dict[str, Any
         "verdict": verdict,
         "explanation": verification["explanation"] if verification else "",
         "findings": findings,
+        "answers": answers(subject, verdict, sections),
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,16 @@ class Domain:
     remark: str = ""
 
 
-def read_domains(subject: Subject, texts: Sequence[str], tokens: int) -> tuple[Any, list[Domain]]:
+def read_domains(
+    subject: Subject, texts: Sequence[str], tokens: int, calibrations: Sequence[Mapping[str, Any]] = ()
+) -> tuple[Any, list[Domain]]:
     """Return the tokenizer and every text's windows.
 
     Args:
         subject: the model; from texts that it was calibrated on, only the held-out part is used.
         texts: UTF-8 files or names of embedded texts; default: all embedded texts.
         tokens: most tokens to read of each.
+        calibrations: of other models; what was held out of any of them is read in the place of the whole text.
 
     Raises:
         UsageError: a text is missing, empty or too short.
@@ -41,10 +44,11 @@ def read_domains(subject: Subject, texts: Sequence[str], tokens: int) -> tuple[A
     """
     tokenizer = load_tokenizer(subject.folder)
     context = subject.text_config.get("max_position_embeddings", WINDOW)
-    calibration = (subject.record or {}).get("calibration")
+    known = [(subject.record or {}).get("calibration"), *calibrations]
     domains: list[Domain] = []
     for name in texts or DEMO_TEXTS:
-        content, remark = unseen(name, calibration)
+        # Of the same text, the same part is held out of every calibration: the shortest is what nobody was calibrated on.
+        content, remark = min((unseen(name, each) for each in known), key=lambda found: len(found[0]))
         ids = encode(tokenizer, content)
         window = max(2, min(WINDOW, context, tokens, len(ids)))
         domains.append(Domain(_label(name, [d.name for d in domains]), windows_of([ids], tokens, window), remark))

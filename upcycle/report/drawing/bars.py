@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from upcycle.report.drawing.frame import values_block
+
 
 @dataclass(frozen=True)
 class Bar:
@@ -36,12 +38,23 @@ class BarChart:
             ).format(bar.label, bar.kind, 100 * max(0.0, bar.value) / longest, bar.text)
             for bar in self.bars
         )
+        values = {
+            "kind": "bars",
+            "unit": self.unit,
+            "names": [bar.label for bar in self.bars],
+            "values": [bar.value for bar in self.bars],
+        }
         listed = "; ".join(f"{bar.label}: {bar.text}" for bar in self.bars)
         return str(
             Markup(
                 '<figure class="plot"><figcaption><strong>{}</strong> {}</figcaption>'
-                '<div class="bars area" role="img" aria-label="{}">{}</div><div class="xlabel">{}</div></figure>'
+                '<div class="bars area" role="img" aria-label="{}">{}</div><div class="xlabel">{}</div>{}</figure>'
             ).format(
-                self.title, self.reading, f"{self.title} {self.reading} {listed}. Axis: {self.unit}.", rows, self.unit
+                self.title,
+                self.reading,
+                f"{self.title} {self.reading} {listed}. Axis: {self.unit}.",
+                rows,
+                self.unit,
+                values_block(values),
             )
         )

@@ -5,9 +5,11 @@ Everything except the marks is HTML, so that text keeps its size on narrow and w
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from markupsafe import Markup, escape
 
@@ -36,6 +38,7 @@ class Plot:
         wide: whether the plot takes a whole row of the page.
         legend: below the plot.
         square: whether the area is a square.
+        values: what the marks show, for the page's script (:func:`values_block`).
     """
 
     title: str
@@ -47,6 +50,7 @@ class Plot:
     wide: bool = False
     legend: Markup = _NOTHING
     square: bool = False
+    values: Mapping[str, Any] | None = None
 
     def __html__(self) -> str:
         return str(
@@ -55,7 +59,7 @@ class Plot:
                 '<div class="frame" role="img" aria-label="{alt}">'
                 '<div class="ylabel" title="{ylabel}">{ylabel}</div><div class="yticks">{yticks}</div>'
                 '<div class="area" style="height:{height}">{area}</div>'
-                '<div class="xticks">{xticks}</div><div class="xlabel">{xlabel}</div></div>{legend}</figure>'
+                '<div class="xticks">{xticks}</div><div class="xlabel">{xlabel}</div></div>{legend}{values}</figure>'
             ).format(
                 kind=(" wide" if self.wide else "") + (" square" if self.square else ""),
                 title=self.title,
@@ -68,8 +72,30 @@ class Plot:
                 height=self.height,
                 area=self.area,
                 legend=self.legend,
+                values=values_block(self.values),
             )
         )
+
+
+def values_block(values: Mapping[str, Any] | None) -> Markup:
+    """Return a figure's values as a block of data, which no browser runs; nothing in it can end it."""
+    if values is None:
+        return _NOTHING
+    text = json.dumps(rounded(values), separators=(",", ":"), allow_nan=False)
+    for character in "<>&":  # which a parser of HTML would heed
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup('<script type="application/json" class="values">{}</script>').format(Markup(text))
+
+
+def rounded(value: Any) -> Any:
+    """Return plain data with four significant digits, which are more than a plot shows; None for what is not finite."""
+    if isinstance(value, Mapping):
+        return {key: rounded(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(one) for one in value]
+    if isinstance(value, float):
+        return float(f"{value:.4g}") if math.isfinite(value) else None
+    return value
 
 
 def _ticks(axis: Axis, side: str) -> Markup:

@@ -57,4 +57,12 @@ def heatmap(
         wide=wide,
         legend=legend,
         square=not wide,
+        values={
+            "kind": "grid",
+            "rows": rows[0],
+            "columns": columns[0],
+            "names": [list(rows[1]), list(columns[1])],
+            "unit": unit,
+            "cells": [list(row) for row in matrix],
+        },
     )

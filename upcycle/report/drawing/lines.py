@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from markupsafe import Markup
 
@@ -93,7 +94,20 @@ def lines(
         y=Axis(y, [(place(t, y_low, y_high), label(t)) for t in y_ticks]),
         wide=wide,
         legend=names_legend([line.name for line in series]),
+        values={
+            "kind": "lines",
+            "x": x,
+            "y": y,
+            "range": [x_low, x_high],
+            "series": [_values(line) for line in series],
+        },
     )
+
+
+def _values(line: Series) -> dict[str, Any]:
+    """Return a line's points for the page's script, without those that have no number."""
+    known = [(x, y) for x, y in zip(line.x, line.y, strict=True) if y is not None and math.isfinite(y)]
+    return {"name": line.name, "x": [x for x, _ in known], "y": [y for _, y in known]}
 
 
 def _decades(low: float, high: float) -> list[float]:

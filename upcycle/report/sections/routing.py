@@ -13,6 +13,7 @@ from upcycle.report.drawing.patches import grid_uri, legend, picture_uri
 
 LOAD_SCALE, COSINE_SCALE = (0.0, 2.0), (-1.0, 1.0)
 LOAD_ENDS = ("0", "2 or more")
+MOST_ROWS = 2000  # of the table of experts, so that a page of a large model stays light
 
 
 def routing_view(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,7 +27,13 @@ def routing_view(data: Mapping[str, Any]) -> dict[str, Any]:
         {"layer": part["layer"], "plots": _matrices(part, data["domains"]), "tokens": part["top_tokens"]}
         for part in data["shown"]
     ]
+    rows = _experts(data)
     return {
+        "columns": ["layer", "expert", "load / ideal load", "most of its own text", "top tokens"],
+        "rows": rows[:MOST_ROWS],
+        "left_out": f"The first {MOST_ROWS:,} of {len(rows):,}; the JSON file has all."
+        if len(rows) > MOST_ROWS
+        else "",
         "tokens": data["tokens"],
         "texts": ", ".join(data["domains"]),
         "dead": dead,
@@ -34,6 +41,23 @@ def routing_view(data: Mapping[str, Any]) -> dict[str, Any]:
         "shown": shown,
         "patches": _patches(data["patches"]) if data.get("patches") else None,
     }
+
+
+def _experts(data: Mapping[str, Any]) -> list[list[str]]:
+    """Return a row for every expert of every layer."""
+    shown = {part["layer"]: part for part in data["shown"]}
+    rows = []
+    for layer in data["layers"]:
+        part = shown.get(layer["layer"])
+        for expert, load in enumerate(layer["load"]):
+            text, tokens = "", ""
+            if part is not None:
+                loads = [row[expert] for row in part["domain_load"]]
+                if len(loads) > 1 and max(loads) > 0:
+                    text = f"{data['domains'][loads.index(max(loads))]} {max(loads):.2f}x"
+                tokens = " ".join(token["text"].strip() or "(space)" for token in part["top_tokens"][expert])
+            rows.append([str(layer["layer"]), str(expert), f"{load:.2f}x", text, tokens])
+    return rows
 
 
 def _patches(data: Mapping[str, Any]) -> dict[str, Any]:

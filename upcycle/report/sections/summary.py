@@ -42,4 +42,10 @@ def summary_view(data: Mapping[str, Any]) -> dict[str, Any]:
         worst = max(layer["max_violation"] for layer in layers)
         cards.append(("worst MaxVio", f"{worst:.2f}", "0 is perfect balance"))
     words = VERDICTS[summary["verdict"]]
-    return {"verdict": summary["verdict"], "words": words, "findings": summary["findings"], "cards": cards}
+    return {
+        "verdict": summary["verdict"],
+        "words": words,
+        "answers": summary["answers"],
+        "findings": summary["findings"],
+        "cards": cards,
+    }
