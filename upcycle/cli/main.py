@@ -108,11 +108,14 @@ def cli() -> None:
     """Turn a dense transformer checkpoint into a Mixture-of-Experts checkpoint, and verify the result.
 
     \b
+    upcycle init                                       answer five questions, get a recipe
     upcycle demo                                       see it work in a minute
     upcycle plan SOURCE --experts 8                    see what a conversion would cost
     upcycle convert SOURCE OUT --experts 8 --top-k 2   convert and verify
     upcycle verify OUT                                 verify again
     upcycle push OUT YOU/NAME                          publish on the Hugging Face hub
+
+    upcycle COMMAND --help says more of each.
 
     Exit codes: 0 ok, 1 failure, 2 usage or recipe, 3 verification failed, 4 environment, 130 interrupted.
     """

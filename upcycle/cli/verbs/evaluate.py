@@ -12,6 +12,7 @@ from upcycle.cli.shared.options import common_options, quiet_option
 from upcycle.cli.shared.output import ProgressBars, note, print_facts, print_json, print_table
 from upcycle.evaluation.score_table import score_rows
 from upcycle.evaluation.speed_table import speed_rows
+from upcycle.files.user_paths import user_path
 
 
 @click.command("evaluate", short_help="Measure perplexity, expert load or speed")
@@ -119,6 +120,8 @@ def command(
     if result.speed:
         columns, rows, about = speed_rows(result.speed.as_dict())
         print_table(columns, rows, right=range(1, len(columns)), title=about)
+    if user_path(model).is_dir():  # of whose numbers a page can be made
+        print_facts([("next", f"upcycle report {model}")])
 
 
 def _print_tasks(tasks: Any) -> None:

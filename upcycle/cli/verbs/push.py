@@ -64,7 +64,8 @@ def _facts(result: Any) -> list[tuple[str, str]]:
     facts = [("size", f"{total} in {sum(file.status != 'deleted' for file in result.files)} files")]
     facts.append(("searched", f"no keys and no folders of this machine in {result.searched} files"))
     if result.dry_run:
-        return [("dry run", f"nothing was sent to {where}"), *facts, ("to send", sent)]
+        said = [("dry run", f"nothing was sent to {where}"), *facts, ("to send", sent)]
+        return [*said, ("next", "the same command without --dry-run")]
     facts.append(("sent", sent if result.commit else "nothing: the repository has all files already"))
     if result.commit:
         facts.append(("commit", result.commit))

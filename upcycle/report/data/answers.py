@@ -95,7 +95,7 @@ def _next(subject: Subject, verdict: str, sections: Mapping[str, Any]) -> tuple[
     if verdict == "unverified" and subject.ours:
         return "Compare it with its parent:", f"upcycle verify {name}"
     if sections["provenance"].get("trained"):
-        return "Measure what training won:", f"upcycle evaluate {name} --reference PARENT --text YOURS.txt"
+        return "If that is good enough, publish it:", f"upcycle push {name} YOU/NAME --dry-run"
     if verdict == "exact":
         return (
             "Train it, as copies gain nothing before:",
