@@ -146,7 +146,7 @@ def three_fine_tunes(journey: Journey) -> None:
     journey.named(r"^upcycle push SOURCE|^upcycle push OUT YOU/NAME", OUT="mixed", YOU__NAME="alice/mixed")
 
 
-FEW = "--set stages.0.steps=4 --set length=128 --set global_batch=4 --set micro_batch=4"
+FEW = "--set stages.0.tokens=2048 --set length=128 --set global_batch=4 --set micro_batch=4"
 JOURNEYS = {
     "A faster model": faster_model,
     "A bigger model from mine": bigger_model,

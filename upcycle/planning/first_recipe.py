@@ -109,8 +109,7 @@ def commands(answers: Answers, recipe: str) -> list[str]:
         with_what = "heal_distill" if answers.goal == "speed" else "upcycle_cpt"
         data = ",".join(answers.texts) or "TEXT"
         found.append(f"upcycle train {with_what} --model OUT --output RUN --set data={data}")
-        found.append("upcycle export RUN TRAINED")
-        model = "TRAINED"
+        model = "RUN/model"  # which a run writes at its end
     found.append(f"upcycle report {model}")
     if answers.engine != "transformers":
         found.append(f"upcycle verify {model} --with {answers.engine}")

@@ -60,7 +60,7 @@ def test_every_draft_is_a_recipe_that_can_be_planned(goal: Any, engine: Any, tra
     following = commands(answers, "mine.yaml")
     assert following[0] == "upcycle convert mine.yaml OUT"
     assert any(line.startswith("upcycle train") for line in following) == train
-    assert (following[-1] == f"upcycle verify {'TRAINED' if train else 'OUT'} --with {engine}") == (
+    assert (following[-1] == f"upcycle verify {'RUN/model' if train else 'OUT'} --with {engine}") == (
         engine != "transformers"
     )
 
@@ -72,7 +72,7 @@ def test_questions_are_asked_where_no_option_answers(here: Path, monkeypatch: py
     assert [line[:3] for line in result.stderr.splitlines() if re.match(r"\d/4", line)] == ["1/4", "2/4", "3/4", "4/4"]
     assert parse_yaml((here / "upcycle.yaml").read_text(), "it", error=UsageError)["method"] == "virtual_groups"
     assert "next  upcycle convert upcycle.yaml OUT\n" in result.stdout
-    assert "upcycle verify TRAINED --with vllm" in result.stdout
+    assert "upcycle verify RUN/model --with vllm" in result.stdout
     assert "data=docs.txt" in result.stdout
 
 
