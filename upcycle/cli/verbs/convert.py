@@ -121,7 +121,7 @@ def conversion_facts(result: Any, out: Path, source: str) -> list[tuple[str, Cel
 
     plan = result.plan
     ratio = plan.flops_per_token / plan.flops_per_token_dense
-    reference = "source" if plan.kind in ("growth", "compression") else "dense"
+    reference = "source" if plan.kind in ("growth", "addition", "compression") else "dense"
     same = plan.parameters_active == plan.parameters_total and plan.router == "none"
     active = "" if same else f", {count(plan.parameters_active)} active"
     facts: list[tuple[str, Cell]] = [

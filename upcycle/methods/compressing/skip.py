@@ -110,8 +110,8 @@ class Skip(Compression):
             least = 1 - (1 - 1 / model.top_k) * (1 - self.parameters.protect) * self._part(len(model.moe_layers))
             raise UsageError(
                 f"with protect={self.parameters.protect:g} and layers={self.parameters.layers or 'all'}, keep "
-                f"{runs / _PARTS / model.top_k:g} would leave other tokens {share * model.top_k:.3g} of {model.top_k} experts, and one always "
-                "runs",
+                f"{runs / _PARTS / model.top_k:g} would leave other tokens {share * model.top_k:.3g} of {model.top_k} experts; one "
+                "always runs",
                 hint=f"--keep {math.ceil(1000 * least) / 1000:g} or more",
             )
 
