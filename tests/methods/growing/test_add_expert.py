@@ -136,14 +136,14 @@ def test_experts_that_are_all_one_ffn_are_the_dense_model(text: str, tmp_path: P
 
 @pytest.mark.long
 def test_the_row_knows_the_text(text: str, tmp_path: Path) -> None:
-    """On held-out windows, beside rows of zeros: most tokens of the new kind choose the expert, and few others do."""
-    upcycle.convert("demo", tmp_path / "moe", experts=2, top_k=1, router="zero", verification={"enabled": False})
+    """On held-out windows, beside rows of zeros: tokens of the new kind choose the expert, and most others do not."""
+    upcycle.convert("demo", tmp_path / "moe", experts=2, top_k=2, router="zero", verification={"enabled": False})
     options = keys("demo", text) | {"calibration": {"text": "demo", "tokens": 4096, "window": 128}}
     result = upcycle.convert(str(tmp_path / "moe"), tmp_path / "out", **options, dtype="float32")
     assert [layer["layer"] for layer in result.layers] == [*range(6)]
     assert [layer["unit"] for layer in result.layers] == [1.0] * 6
-    assert min(layer["own_tokens"] for layer in result.layers) > 0.9
-    assert max(layer["other_tokens"] for layer in result.layers) < 0.1
+    assert min(layer["own_tokens"] for layer in result.layers) > 0.95
+    assert max(layer["other_tokens"] for layer in result.layers) < 0.5
 
 
 def contents(folder: Path) -> dict[str, bytes]:
