@@ -230,6 +230,12 @@ def test_the_scale_multiplies_what_the_expert_adds(mixture: tuple[Path, Path], t
         ({"sources": [{"name": "demo"}, {"name": "demo"}]}, UsageError, "2 models are named", "one at a time"),
         ({"sources": [{"name": "demo"}]}, UsageError, "demo has no 'text'", "sources.0.text=law.txt"),
         ({"sources": [{"name": "demo", "text": "T", "weight": 2.0}]}, UsageError, "demo has 'weight'", "leave it out"),
+        (
+            {"sources": [{"name": "demo", "text": "demo"}]},
+            UsageError,
+            "the text demo of demo is a calibration text, too",
+            "are for",
+        ),
         ({"calibration": {}}, UsageError, "the router's row of a new expert looks at text", "--calibration demo"),
         ({"refit": "down"}, UsageError, "does not read the key 'refit'", "calibration"),
         ({"dtype": "keep"}, UsageError, "experts are float32 in .+ is bfloat16 in", "--dtype float32"),

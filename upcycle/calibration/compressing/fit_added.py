@@ -72,6 +72,7 @@ def fit_added_rows(
         for index in range(len(walk.layers)):
             with before.loaded(index), walk.loaded(index):
                 chosen: list[torch.Tensor] = []
+                report: dict[str, float] = {}
                 if index in walk.places:
                     inputs: list[torch.Tensor] = []
                     for batch in walk.batches(len(ids)):
@@ -83,7 +84,7 @@ def fit_added_rows(
                     states[batch] = walk.run(
                         index, states[batch], partial(_note_choice, chosen, checkpoint.model.experts)
                     )
-                if index in walk.places:
+                if chosen:
                     found.reports[index] = {**_shares(torch.cat(chosen), is_new, held), **report}
             progress.advance()
     return found
@@ -122,7 +123,6 @@ class _ExtendedLayers:
         self.model: Any = empty_model(build_config(config, "config.json"), "config.json", torch.float32).eval()
         compute_buffers(self.model)
         self._layers = module_paths_of(self.model.config).layers_in(self.model)
-        self._state: dict[int, dict[str, torch.Tensor]] = {}
 
     def load(self, index: int) -> None:
         """See :class:`upcycle.models.stock_layers.Layers`; the new expert's row is zero."""

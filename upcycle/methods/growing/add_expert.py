@@ -24,9 +24,8 @@ if TYPE_CHECKING:
     from upcycle.recipe.conversion_recipe import Recipe
     from upcycle.recipe.recipe_parts import SourceRecipe
 
-NewRows = dict[
-    int, tuple[float, ...]
-]  # layer -> the router's row [d] of the new expert, and its bias where there are biases
+NewRows = dict[int, tuple[float, ...]]
+"""By layer the router's row of the new expert, ``[d]``, and behind it its bias, where there are biases."""
 _READ = {"name", "revision", "text", "scale"}
 
 
@@ -112,13 +111,13 @@ class AddExpert(Growth):
         )
 
     def memory(self, source: Described, recipe: Recipe) -> int:
-        """Return the bytes that fitting the rows takes: a layer of the result, the stream, its inputs, and products of these."""
+        """Return the bytes that fitting the rows takes: a layer before and after, the stream, its inputs, and products of these."""
         model = MoeModel.read(source.raw, source.specs, source.where)
         sizes = {layer: sum(model.specs[name].elements for name in names) for layer, names in model.names.items()}
         layers = [size for layer, size in sizes.items() if layer is not None]
         more = model.expert_elements // (model.experts * max(1, len(model.moe_layers)))
         tokens = 2 * recipe.calibration.tokens
-        numbers = max(layers) + more + sizes[None] + tokens * (2 * model.hidden_size + model.experts + 1)
+        numbers = 2 * (max(layers) + more) + sizes[None] + tokens * (2 * model.hidden_size + model.experts + 1)
         return 4 * numbers + 8 * 6 * model.hidden_size**2
 
 
@@ -150,6 +149,11 @@ def fine_tune(recipe: Recipe) -> SourceRecipe:
         raise UsageError(
             f"sources: {told.name} has no 'text': the router has to learn which tokens are for the new expert",
             hint=f"a text of the kind that it was trained on: {example}",
+        )
+    if both := sorted({*told.texts} & {*recipe.calibration.texts}):
+        raise UsageError(
+            f"sources: the text {both[0]} of {told.name} is a calibration text, too: the router cannot tell its tokens from others",
+            hint="calibrate on texts that are for the experts that there are",
         )
     return told
 
