@@ -88,7 +88,7 @@ def _from_texts(job: ExpertJob, tokenizer: Any, sources: list[SourceRecipe]) -> 
     return in_turns(pieces)
 
 
-def text_of(source: SourceRecipe, checkpoint: Checkpoint, tokens: int, window: int) -> Samples:
+def sampled_text(source: SourceRecipe, checkpoint: Checkpoint, tokens: int, window: int) -> Samples:
     """Return windows of the sample text of one source, as many as there are up to a number of tokens.
 
     Args:

@@ -24,11 +24,11 @@ class AddConversion(GrowthConversion):
 
     def read(self, checkpoint: Checkpoint, progress: Progress) -> TokensRead:
         """Read text for the experts that there are, and text of the new expert's kind, as many tokens of it."""
-        from upcycle.calibration.source_samples import text_of
+        from upcycle.calibration.source_samples import sampled_text
 
         tokens = super().read(checkpoint, progress)
         window = min(self.recipe.calibration.window, self.context, self.recipe.calibration.tokens)
-        samples = text_of(fine_tune(self.recipe), checkpoint, self.recipe.calibration.tokens, window)
+        samples = sampled_text(fine_tune(self.recipe), checkpoint, self.recipe.calibration.tokens, window)
         return TokensRead(tokens.windows, samples, tokens.own, tokens.about)
 
     def decide(

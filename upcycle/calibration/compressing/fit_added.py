@@ -19,9 +19,9 @@ from upcycle.architectures.stock import build_config, empty_model
 from upcycle.calibration.compressing.made_parts import held_out_tokens
 from upcycle.calibration.compressing.moe_walk import MoeWalk, Routed
 from upcycle.errors import CheckpointError
-from upcycle.ffn.added_row import RowTokens, fit_row
 from upcycle.models.stock_layers import compute_buffers, compute_layer_buffers, layers_of
 from upcycle.progress import Progress
+from upcycle.routers.for_mixing.added_row import RowTokens, fit_row
 from upcycle.trainers.routing.stock_routers import selection_bias
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def fit_added_rows(
         checkpoint: the MoE and the dense model.
         config: the ``config.json`` of the result.
         scale: multiplies what the new expert adds.
-        sharpness: see :func:`upcycle.ffn.added_row.fit_row`.
+        sharpness: see :func:`upcycle.routers.for_mixing.added_row.fit_row`.
         dtype: the dtype that the result is written in, as a recipe means it.
         windows: token ids ``[N, W]`` of text for the experts that there are, and of text of the new expert's kind.
         progress: where to report.

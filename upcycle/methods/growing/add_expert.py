@@ -55,10 +55,10 @@ class AddExpert(Growth):
 
     Deviations. DUME keeps sums over the text of every domain, ``H^T H`` and ``H^T Y``, adds those of the new domain, and solves for
     all rows anew. A MoE that comes without sums has rows in their place, perhaps trained ones: these stay, and the new row is put
-    where the solution for all domains would put it, relative to their mean (:func:`upcycle.ffn.added_row.fit_row`), times
-    ``sharpness``. Where the old rows are DUME's, it differs from a solution from scratch by what that would change of the old rows.
-    Both sides of the text count the same, however many experts there are. Routers with biases on the choice give the new expert
-    the mean of these. DUME merges what is no expert by averaging; here it stays the MoE's.
+    where the solution for all domains would put it, relative to their mean, times ``sharpness``
+    (:func:`upcycle.routers.for_mixing.added_row.fit_row`). Where the old rows are DUME's, it differs from a solution from scratch by
+    what that would change of the old rows. Both sides of the text count the same, however many experts there are. Routers with biases
+    on the choice give the new expert the mean of these. DUME merges what is no expert by averaging; here it stays the MoE's.
     """
 
     kind = "addition"
@@ -92,7 +92,7 @@ class AddExpert(Growth):
         """Describe the result; ``choice`` is a :data:`NewRows`, None before it is decided. See :meth:`Growth.grow`."""
         model = MoeModel.read(source.raw, source.specs, source.where)
         assert source.added is not None
-        check_fits(model, source, source.added)
+        check_can_be_expert(model, source, source.added)
         told, experts = fine_tune(recipe), model.experts + 1
         one = model.expert_elements // model.experts
         return Grown(
@@ -158,7 +158,7 @@ def fine_tune(recipe: Recipe) -> SourceRecipe:
     return told
 
 
-def check_fits(model: MoeModel, source: Described, added: Described) -> None:
+def check_can_be_expert(model: MoeModel, source: Described, added: Described) -> None:
     """Refuse a dense model whose FFNs cannot be experts of a MoE.
 
     Raises:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from upcycle.ffn.added_row import RowTokens, fit_row, row_weights
 from upcycle.ffn.ridge_sums import STRENGTHS, RidgeSums
+from upcycle.routers.for_mixing.added_row import RowTokens, fit_row, row_weights
 
 T, D, E = 240, 6, 4
 
