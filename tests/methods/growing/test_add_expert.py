@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from pico_models import PICO, PICO_MOE
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import upcycle
 from upcycle.checkpoints.shard_writer import ShardWriter
+from upcycle.cli.main import cli
 from upcycle.errors import CheckpointError, RefusalError, UsageError
 from upcycle.files import hashing, records
 from upcycle.registry import FAMILIES, TARGETS, load
@@ -300,3 +302,36 @@ def test_another_tokenizer_is_refused(
 def test_a_dense_model_gets_no_expert(text: str) -> None:
     with pytest.raises(RefusalError, match="demo is a dense 'llama' model, and a Mixture-of-Experts is needed"):
         upcycle.plan("demo", **keys("demo", text))
+
+
+@pytest.mark.long
+def test_card_and_report_name_both_models(mixture: tuple[Path, Path], text: str, tmp_path: Path) -> None:
+    moe, third = mixture
+    upcycle.convert(str(moe), tmp_path / "out", **keys(third, text))
+    CliRunner().invoke(cli, ["card", str(tmp_path / "out"), "--license", "mit"])
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "made from `moe` and `model`: 3 experts from 2, top-2: one is a dense model's FFN." in card
+    assert str(third.parent) not in (tmp_path / "out" / "upcycle.json").read_text()  # no path of this machine
+    upcycle.write_report(tmp_path / "out", tmp_path / "report.html")
+    assert "added model" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.long
+def test_the_moe_may_write_the_text_for_its_experts(text: str, tmp_path: Path) -> None:
+    """On the command line, as a user would; what it prints says who chooses the new expert."""
+    upcycle.convert("demo", tmp_path / "moe", experts=2, top_k=2, verification={"enabled": False})
+    arguments = [
+        "--method",
+        "add_expert",
+        "--sources",
+        "demo",
+        "--set",
+        f"sources.0.text={text}",
+        "--calibration",
+        "self",
+    ]
+    small = ["--calibration-tokens", "512", "--set", "calibration.window=64", "--verify-tokens", "64"]
+    done = CliRunner().invoke(cli, ["convert", str(tmp_path / "moe"), str(tmp_path / "out"), *arguments, *small])
+    assert done.exit_code == 0, done.output
+    assert "of the new expert's own text choose it" in done.output
+    assert "3 experts from 2, top-2" in done.output
