@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -167,3 +168,18 @@ def test_shares_that_cannot_be_are_refused(
     with pytest.raises(UsageError, match=message) as caught:
         upcycle.plan(str(pico_moe("mixtral")), calibration={"text": "demo"}, **keys)
     assert hint in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, None])
+def test_the_layers_that_lose_least_leave_experts_out(count: int | None) -> None:
+    seen = {layer: random_observations(4, seed=layer, tokens=80) for layer in range(3)}
+    source: Any = SimpleNamespace(layers={layer: layer_source(own) for layer, own in seen.items()})
+    method = Skip(SkipParameters(layers=count, weights="kept"))
+    found = method.cuts(source, 1800)
+    share = 1 - 0.1 * 3 / (count or 3)  # what is left in those layers, so that 90% of all runs are
+    betas = {layer: threshold(own.sample_weights, 2, share) for layer, own in seen.items()}
+    losses = {layer: skipping_loss(own, betas[layer], False) for layer, own in seen.items()}
+    chosen = sorted(losses, key=lambda layer: losses[layer])[: count or 3]
+    assert {layer: cut.skip for layer, cut in found.items()} == {
+        layer: pytest.approx(betas[layer]) if layer in chosen else 0.0 for layer in seen
+    }
