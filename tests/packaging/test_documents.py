@@ -121,9 +121,10 @@ def test_python_in_guides_parses_and_names_what_exists() -> None:
                     assert hasattr(upcycle, node.attr), f"{path.name}: upcycle.{node.attr}"
 
 
-def test_the_table_of_mixes_is_the_one_that_its_benchmark_left() -> None:
-    table = (ROOT / "docs" / "measured" / "mixing_quality.md").read_text(encoding="utf-8")
-    assert table in (GUIDES / "mixing.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(("measured", "guide"), [("mixing_quality", "mixing"), ("added_expert", "growing")])
+def test_the_table_of_a_guide_is_the_one_that_its_benchmark_left(measured: str, guide: str) -> None:
+    table = (ROOT / "docs" / "measured" / f"{measured}.md").read_text(encoding="utf-8")
+    assert table in (GUIDES / f"{guide}.md").read_text(encoding="utf-8")
 
 
 def test_exit_codes() -> None:

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 from layer_sources import layer_source, random_observations
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import upcycle
 from upcycle.errors import UsageError
 from upcycle.methods.compressing.skip import Skip, SkipParameters, skipping_loss, threshold
 from upcycle.models.own.attention_received import received
 from upcycle.models.own.routing.skip import SkipRule
+from upcycle.models.own.vllm_plugin import what_prevents
 
 Models = Callable[..., Path]
 
@@ -147,6 +148,12 @@ def test_attention_without_weights_is_refused(pruned: Path) -> None:
     assert "eager" in (caught.value.hint or "")
     plain: Any = AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.float32, routing={"protected": 0.0})
     assert plain.config._attn_implementation == "sdpa"
+
+
+def test_vllm_is_told_before_it_tries(pruned: Path) -> None:
+    assert "vLLM's does not give its weights" in (what_prevents(AutoConfig.from_pretrained(pruned)) or "")
+    plain = AutoConfig.from_pretrained(pruned, routing={"protected": 0.0})
+    assert "weights" not in (what_prevents(plain) or "")
 
 
 @pytest.mark.parametrize(
