@@ -47,6 +47,7 @@ benchmark: $(READY)     # against mergekit, plain copying and k-means-constraine
 
 quality: $(READY)       # mixes of the demo model; split recipes and every splitting method on SmolLM2-135M; about an hour
 	$(BIN)/python -P tests/benchmarks/mixing/mixing_quality.py
+	$(BIN)/python -P tests/benchmarks/mixing/added_expert.py
 	$(BIN)/python -P tests/benchmarks/splitting/split_quality.py
 	$(BIN)/python -P tests/benchmarks/splitting/compare_smollm2.py
 

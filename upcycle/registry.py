@@ -41,6 +41,7 @@ METHODS = {
     "qmoe": "upcycle.methods.compressing.qmoe_codec.qmoe:Qmoe",
     "random_experts": "upcycle.methods.compressing.dropping.random_experts:RandomExperts",
     "quantize": "upcycle.methods.compressing.quantize:Quantize",
+    "add_expert": "upcycle.methods.growing.add_expert:AddExpert",
     "expert_upcycling": "upcycle.methods.growing.expert_upcycling:ExpertUpcycling",
     "random_split": "upcycle.splitters.random_split:RandomSplit",
     "contiguous_split": "upcycle.splitters.contiguous_split:ContiguousSplit",

@@ -297,6 +297,8 @@ COMMANDS = [
     "POISON moe",
     "verify moe --tokens 64",
     "convert moe grown --method expert_upcycling --experts 8",
+    "convert moe more --method add_expert --sources hostile --set sources.0.text=recipe.yaml --calibration demo "
+    "--calibration-tokens 512 --set calibration.window=32",
     "observe moe seen.safetensors --calibration demo --calibration-tokens 512 -q",
     "plan run moe --observations seen.safetensors",
     "compress moe smaller --keep 0.5 --method frequency --observations seen.safetensors --refit none",

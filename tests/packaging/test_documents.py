@@ -121,9 +121,10 @@ def test_python_in_guides_parses_and_names_what_exists() -> None:
                     assert hasattr(upcycle, node.attr), f"{path.name}: upcycle.{node.attr}"
 
 
-def test_the_table_of_mixes_is_the_one_that_its_benchmark_left() -> None:
-    table = (ROOT / "docs" / "measured" / "mixing_quality.md").read_text(encoding="utf-8")
-    assert table in (GUIDES / "mixing.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(("measured", "guide"), [("mixing_quality", "mixing"), ("added_expert", "growing")])
+def test_the_table_of_a_guide_is_the_one_that_its_benchmark_left(measured: str, guide: str) -> None:
+    table = (ROOT / "docs" / "measured" / f"{measured}.md").read_text(encoding="utf-8")
+    assert table in (GUIDES / f"{guide}.md").read_text(encoding="utf-8")
 
 
 def test_exit_codes() -> None:
@@ -197,6 +198,14 @@ def test_json_keys(
     mixed = upcycle.convert(None, tmp_path / "mix", **mixing).as_dict()
     growing = {"method": "expert_upcycling", "parameters": {"utility": "norm"}, "verification": {"enabled": False}}
     grown = upcycle.convert(str(pico_moe("mixtral")), tmp_path / "grown", **growing).as_dict()
+    adding = {
+        "method": "add_expert",
+        "sources": [{"name": dense, "text": "prose"}],
+        "calibration": split["calibration"],
+    }
+    added = upcycle.convert(
+        str(tmp_path / "mix"), tmp_path / "added", **adding, verification={"enabled": False}
+    ).as_dict()
     aligning = {"method": "symphony", "sources": told, "calibration": split["calibration"]}
     aligned = upcycle.convert(None, tmp_path / "aligned", **aligning, verification={"enabled": False}).as_dict()
     text = {"text": "code", "tokens": 64, "window": 32}
@@ -255,6 +264,7 @@ def test_json_keys(
         "convert merging of a zoo": glued["merging"],
         "convert merging of posteriors": merged["merging"],
         "convert layers of a grown MoE": grown["layers"][0],
+        "convert layers of an added expert": added["layers"][0],
         **of_compressions(pico_moe, tmp_path),
         "convert layers of symphony": aligned["layers"][0],
         "compare": compared,

@@ -100,6 +100,18 @@ def test_what_is_not_a_size(text: str) -> None:
         parse_size(text)
 
 
+def test_set_key_opens_one_of_the_sources() -> None:
+    content: dict = {"sources": "./math, ./law"}
+    set_key(content, "sources.1.text", "law.txt")
+    set_key(content, "sources.0.weight", 2.0)
+    assert content == {"sources": [{"name": "./math", "weight": 2.0}, {"name": "./law", "text": "law.txt"}]}
+    with pytest.raises(UsageError, match=r"sources\.2: there are 2 sources") as caught:
+        set_key(content, "sources.2.text", "code.txt")
+    assert "the first one is sources.0" in (caught.value.hint or "")
+    with pytest.raises(UsageError, match=r"sources\.0: there are no sources"):
+        set_key({}, "sources.0.text", "code.txt")
+
+
 def test_set_key_opens_a_router_given_by_name() -> None:
     content: dict = {"router": "random"}
     set_key(content, "router.parameters.std", 0.5)

@@ -14,7 +14,7 @@ from upcycle.text.mixture import mixed_windows
 from upcycle.text.reading.plain_text import read_text
 
 if TYPE_CHECKING:
-    from upcycle.checkpoints.checkpoint import DenseCheckpoint
+    from upcycle.checkpoints.checkpoint import Checkpoint, DenseCheckpoint
     from upcycle.planning.expert_job import ExpertJob
 
 
@@ -86,6 +86,22 @@ def _from_texts(job: ExpertJob, tokenizer: Any, sources: list[SourceRecipe]) -> 
     each = max(window, wanted.tokens // len(sources))
     pieces = [mixed_windows(named, tokenizer, each, window) for named in texts]
     return in_turns(pieces)
+
+
+def sampled_text(source: SourceRecipe, checkpoint: Checkpoint, tokens: int, window: int) -> Samples:
+    """Return windows of the sample text of one source, as many as there are up to a number of tokens.
+
+    Args:
+        source: the source.
+        checkpoint: whose tokenizer reads the text.
+        tokens: the number wanted.
+        window: tokens per window, ``W``.
+
+    Raises:
+        UsageError: the text cannot be read, or is shorter than one window.
+    """
+    texts = {name: read_text(name) for name in source.texts}
+    return in_turns([mixed_windows(texts, load_tokenizer(checkpoint.source.path), tokens, window)])
 
 
 def in_turns(pieces: list[torch.Tensor]) -> Samples:

@@ -13,7 +13,7 @@ from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import read_json
 
 if TYPE_CHECKING:
-    from upcycle.checkpoints.checkpoint import DenseCheckpoint
+    from upcycle.checkpoints.checkpoint import Checkpoint, DenseCheckpoint
 
 # Fields that do not change the function of the weights: settings of training, and which ids begin and end a text.
 _MAY_DIFFER = {"initializer_range", "attention_dropout", "dtype", "max_position_embeddings", "token_ids"}
@@ -65,7 +65,7 @@ def check_sources(members: Sequence[DenseCheckpoint], dtype: str, tokenizers: bo
                 _check_expert_dtypes(base, member)
             continue
         if tokenizers:
-            _check_tokenizers(base, member)
+            check_tokenizers(base, member)
         _check_vocabulary(base, member)
         if dtype == "keep":
             _check_dtypes(base, member)
@@ -157,8 +157,17 @@ def _check_expert_dtypes(base: DenseCheckpoint, member: DenseCheckpoint) -> None
             )
 
 
-def _check_tokenizers(base: DenseCheckpoint, member: DenseCheckpoint) -> None:
-    """Check that tokens have the same ids and that text is split in the same way; a source without a tokenizer uses the base's."""
+def check_tokenizers(base: Checkpoint, member: Checkpoint, hint: str = "") -> None:
+    """Check that tokens have the same ids and that text is split in the same way; a source without a tokenizer uses the base's.
+
+    Args:
+        base: the model whose tokenizer the result has.
+        member: another one.
+        hint: what to do where they differ; empty: the usual.
+
+    Raises:
+        UsageError: they differ; the message names both sources, and tokens.
+    """
     names = base.source.name, member.source.name
     paths = [source.path / "tokenizer.json" for source in (base.source, member.source)]
     if not all(map(Path.is_file, paths)) or filecmp.cmp(paths[0], paths[1], shallow=False):
@@ -172,14 +181,15 @@ def _check_tokenizers(base: DenseCheckpoint, member: DenseCheckpoint) -> None:
         raise UsageError(
             f"sources differ: tokenizer.json of {names[0]} and of {names[1]} give different ids to {len(unlike)} "
             f"token{'s' * (len(unlike) > 1)}: {listed}{more}",
-            hint="mix models that share a vocabulary; if only unused added tokens differ, give both the same tokenizer files",
+            hint=hint
+            or "mix models that share a vocabulary; if only unused added tokens differ, give both the same tokenizer files",
         )
     for key in ("merges", "type"):
         if ours.get("model", {}).get(key) != theirs.get("model", {}).get(key):
             raise UsageError(
                 f"sources differ: tokenizer.json's 'model.{key}' is not the same in {names[0]} and {names[1]}: they split "
                 "text in different ways",
-                hint=_FFNS_ONLY,
+                hint=hint or _FFNS_ONLY,
             )
 
 

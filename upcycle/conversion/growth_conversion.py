@@ -35,17 +35,22 @@ class GrowthConversion(GrowthJob):
     @classmethod
     def of_checkpoint(cls, recipe: Recipe, method: AnyMethod, checkpoint: Checkpoint) -> Self:
         """Plan a step on an opened model, dense or not."""
+        from upcycle.checkpoints.extended_moe import ExtendedMoe
         from upcycle.files.records import made_of
 
         raw, specs, source = checkpoint.raw_config, checkpoint.store.specs, checkpoint.source
-        described = Described(raw, specs, source.name, made_of(source.path))
+        added = None
+        if isinstance(checkpoint, ExtendedMoe):
+            other = checkpoint.added
+            added = Described(other.raw_config, other.store.specs, other.source.name)
+        described = Described(raw, specs, source.name, made_of(source.path), added)
         return prepare_growth(cls, recipe, method, described, checkpoint.has_tokenizer, mix_of(checkpoint))
 
     @classmethod
     def of_configs(cls, recipe: Recipe, method: AnyMethod) -> Self:
         """Plan a step from its source's ``config.json`` alone."""
         if method.takes == "moe":
-            return prepare_growth(cls, recipe, method, describe_moe(recipe))
+            return prepare_growth(cls, recipe, method, describe_moe(recipe, method))
         found = describe_dense(recipe, method)
         described = Described(found.raw, found.specs, recipe.source)
         return prepare_growth(cls, recipe, method, described, mix=found.mix)

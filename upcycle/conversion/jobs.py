@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from upcycle.checkpoints.checkpoint import Checkpoint
+from upcycle.conversion.add_conversion import AddConversion
 from upcycle.conversion.compress_conversion import CompressConversion
 from upcycle.conversion.expert_conversion import ExpertConversion
 from upcycle.conversion.growth_conversion import GrowthConversion
@@ -24,6 +25,7 @@ JOBS: dict[str, type[ConversionJob]] = {
     "overlap": ExpertConversion,
     "pruning": PruneConversion,
     "growth": GrowthConversion,
+    "addition": AddConversion,
     "compression": CompressConversion,
     "narrowing": NarrowConversion,
 }

@@ -17,6 +17,13 @@ from upcycle.recipe.conversion_recipe import parse_recipe
 from upcycle.registry import METHODS, ROUTERS, load
 
 _VARIANTS = {"importance": ["variant=independent", "variant=sharing_inner", "variant=sharing_inter"]}
+_NO_EXPERTS = (
+    "growth",
+    "addition",
+    "pruning",
+    "compression",
+    "narrowing",
+)  # kinds of methods that make none of a dense FFN
 
 
 class CandidateOptions:
@@ -98,14 +105,14 @@ def method_names(names: Sequence[str]) -> list[str]:
     """
     if list(names) != ["all"]:
         for name in names:
-            if load("method", name.partition(":")[0]).kind in ("growth", "pruning", "compression", "narrowing"):
+            if load("method", name.partition(":")[0]).kind in _NO_EXPERTS:
                 raise UsageError(
                     f"{name} makes no experts from a dense FFN, so it cannot be compared", hint="--methods all"
                 )
         return list(names)
     found = []
     for name in METHODS:
-        if load("method", name).kind not in ("copies", "growth", "pruning", "compression", "narrowing"):
+        if load("method", name).kind not in ("copies", *_NO_EXPERTS):
             found += [f"{name}:{variant}" for variant in _VARIANTS.get(name, [])] or [name]
     return found
 

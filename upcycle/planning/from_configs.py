@@ -63,8 +63,8 @@ def describe_dense(recipe: Recipe, method: AnyMethod) -> DenseDescribed:
     return DenseDescribed(raw, family, dense, _specs(family.all_stored_specs(dense), dense.dtype), mix)
 
 
-def describe_moe(recipe: Recipe) -> Described:
-    """Read the ``config.json`` of a recipe's source, a Mixture-of-Experts, and no weights.
+def describe_moe(recipe: Recipe, method: AnyMethod) -> Described:
+    """Read the ``config.json`` of a recipe's source, a Mixture-of-Experts, and no weights; and that of a model added to it.
 
     Raises:
         UpcycleError: the source is not found, or is not a MoE of a known architecture.
@@ -72,7 +72,14 @@ def describe_moe(recipe: Recipe) -> Described:
     raw = read_config(locate(recipe.source, recipe.revision, config_only=True).path)
     moe_family(raw, recipe.source)
     refuse_said_quantized(raw, recipe.source)
-    return Described(raw, _specs(stock_shapes(raw), raw.get("dtype")), recipe.source)
+    added = None
+    if method.takes_sources:
+        from upcycle.methods.growing.add_expert import fine_tune
+
+        told = fine_tune(recipe)
+        other, family, dense = _config(told.name, told.revision)
+        added = Described(other, _specs(family.all_stored_specs(dense), dense.dtype), told.name)
+    return Described(raw, _specs(stock_shapes(raw), raw.get("dtype")), recipe.source, added=added)
 
 
 def _specs(shapes: Mapping[str, tuple[int, ...]], dtype: str | None) -> dict[str, TensorSpec]:

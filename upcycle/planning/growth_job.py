@@ -19,7 +19,7 @@ from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import read_json
 from upcycle.files.formats.tensor_spec import TensorSpec
 from upcycle.methods.base import AnyMethod
-from upcycle.methods.growing.base import CopiedExperts, Described, Grown, Growth, Piece
+from upcycle.methods.growing.base import Described, Grown, Growth, Piece
 from upcycle.methods.mixing.base import mixing
 from upcycle.planning.cost import RESIDENT_BYTES, Plan, file_warnings, files_of
 from upcycle.planning.job import CALIBRATION_HINT, check_tokenizer
@@ -172,7 +172,8 @@ def prepare_growth(
         RefusalError: the step does not take this model.
     """
     check_tokenizer(recipe, has_tokenizer)
-    check_own_text(recipe)
+    if method.takes == "dense":  # a MoE writes text for its own experts, whatever is added to them
+        check_own_text(recipe)
     step = _checked(recipe, method, mix)
     grown = step.grow(source, recipe)
     recipe = recipe.model_copy(update=dict(grown.resolved))
@@ -279,9 +280,7 @@ def decide_growth(
         ):
             choice, measured = found
             job = _chosen(job, choice)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({**job.grown.made, **measured}) + "\n", encoding="utf-8")
-        temporary.rename(path)
+        write_decision(folder, {**job.grown.made, **measured})
     if windows is None:
         return decided_growth(job, folder), None
     from upcycle.text.text_record import text_record
@@ -289,13 +288,21 @@ def decide_growth(
     return decided_growth(job, folder), text_record(job.recipe, windows)
 
 
+def write_decision(folder: Path, content: dict[str, Any]) -> None:
+    """Write what was decided; the file appears complete or not at all."""
+    path = folder / DECISION_FILE
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    temporary.rename(path)
+
+
 def decided_growth(job: G, folder: Path) -> G:
     """Return the job with the decision that is written in ``folder``."""
-    experts = read_json(folder / DECISION_FILE).get("experts")
-    return job if experts is None else _chosen(job, {int(layer): tuple(taken) for layer, taken in experts.items()})
+    found = read_json(folder / DECISION_FILE).get(job.method.decides)
+    return job if found is None else _chosen(job, {int(layer): tuple(each) for layer, each in found.items()})
 
 
-def _chosen(job: G, choice: CopiedExperts) -> G:
+def _chosen(job: G, choice: Mapping[int, tuple[Any, ...]]) -> G:
     grown = job.method.grow(job.source, job.recipe, choice)
     return replace(job, grown=grown, shards=shards_of_grown(job.recipe, job.source, grown))
 

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from upcycle.architectures.described.auto_wrap import AUTO_WRAP, found_family
+from upcycle.architectures.stored_moe import moe_family
 from upcycle.checkpoints.checkpoint import Checkpoint, DenseCheckpoint
 from upcycle.checkpoints.find_family import Tried
 from upcycle.checkpoints.licenses import license_record
 from upcycle.checkpoints.merged_checkpoint import weighted_mean
 from upcycle.checkpoints.mixed_checkpoint import Mix, MixedCheckpoint
 from upcycle.errors import UsageError
-from upcycle.files.locate import is_local
+from upcycle.files.formats.tensor_files import read_config
+from upcycle.files.locate import is_local, locate
 from upcycle.methods.base import refuse_sources
 from upcycle.methods.mixing.base import mixing
 
@@ -30,6 +32,8 @@ def open_sources(recipe: Recipe, method: AnyMethod) -> Checkpoint:
         UpcycleError: a source cannot be opened, or the sources do not belong together.
     """
     if method.takes == "moe":
+        if method.takes_sources:
+            return _extended(recipe)
         from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 
         return MoeCheckpoint.open(recipe.source, recipe.revision)
@@ -39,6 +43,17 @@ def open_sources(recipe: Recipe, method: AnyMethod) -> Checkpoint:
     mixes = mixing(method) or refuse_sources(method, len(recipe.sources))
     members = [DenseCheckpoint.open(source.name, source.revision) for source in recipe.sources]
     return mix_sources(recipe, mixes, base, members)
+
+
+def _extended(recipe: Recipe) -> Checkpoint:
+    from upcycle.checkpoints.extended_moe import ExtendedMoe
+    from upcycle.methods.growing.add_expert import fine_tune
+
+    told = fine_tune(recipe)
+    source = locate(recipe.source, recipe.revision)
+    moe_family(read_config(source.path), source.name)  # said before the other model is opened
+    added = DenseCheckpoint.open(told.name, told.revision)
+    return ExtendedMoe(source, added, recipe.dtype, recipe.tokenizer == "copy")
 
 
 def tried(recipe: Recipe) -> Tried | None:
@@ -108,8 +123,7 @@ def mix_of(checkpoint: Checkpoint) -> Mix | None:
 
 def sources_record(checkpoint: Checkpoint, recipe: Recipe) -> list[dict[str, Any]]:
     """Return the entries of ``sources`` in ``upcycle.json``, one per source; empty for a single model."""
-    if not isinstance(checkpoint, MixedCheckpoint):
-        return []
+    sources = getattr(checkpoint, "sources", ())
     return [
         {
             "name": member.source.name,
@@ -118,7 +132,7 @@ def sources_record(checkpoint: Checkpoint, recipe: Recipe) -> list[dict[str, Any
             "fingerprint": member.fingerprint,
             "license": license_record(member),
         }
-        for member, source in zip(checkpoint.sources, recipe.sources, strict=True)
+        for member, source in zip(sources, recipe.sources if sources else (), strict=True)
     ]
 
 

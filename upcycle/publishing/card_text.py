@@ -70,6 +70,11 @@ def _what(facts: Facts) -> str:
             f"A smaller dense model made from {made}: {plain(record['plan']['summary'])}. `growth.json` says of every layer which "
             "neurons are left."
         )
+    elif record["plan"]["kind"] == "addition":
+        first = (
+            f"A Mixture-of-Experts model made from {made}: {plain(record['plan']['summary'])}. Its router row was fitted to text; all "
+            "other tensors are copies."
+        )
     elif facts.grown:
         first = f"A larger model made from {made}: {plain(record['plan']['summary'])}. What was added are copies."
     elif facts.pruned:

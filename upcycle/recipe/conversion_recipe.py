@@ -296,8 +296,16 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def set_key(content: dict[str, Any], path: str, value: Any) -> None:
-    """Set the key at the dotted ``path``; a short form such as ``router: zero`` becomes ``router: {name: zero}`` first."""
+    """Set the key at the dotted ``path``; a short form such as ``router: zero`` becomes ``router: {name: zero}`` first.
+
+    ``sources.0.text`` is a key of the first source.
+
+    Raises:
+        UsageError: there are not so many sources.
+    """
     *parents, last = path.split(".")
+    if parents[:1] == ["sources"] and len(parents) == 2:
+        content, parents = _source_entry(content, parents[1]), []
     for parent in parents:
         inner = content.get(parent)
         if not isinstance(inner, dict):
@@ -306,6 +314,21 @@ def set_key(content: dict[str, Any], path: str, value: Any) -> None:
             content[parent] = inner
         content = inner
     content[last] = value
+
+
+def _source_entry(content: dict[str, Any], number: str) -> dict[str, Any]:
+    """Return the mapping of one of the sources, which are mappings afterwards."""
+    named = content.get("sources") or []
+    if isinstance(named, str):
+        named = [part.strip() for part in named.split(",") if part.strip()]
+    content["sources"] = [{"name": part} if isinstance(part, str) else part for part in named]
+    if not number.isdigit() or int(number) >= len(named):
+        raise UsageError(
+            f"sources.{number}: there are {len(named)} sources" if named else f"sources.{number}: there are no sources",
+            hint="name them first, with --sources; the first one is sources.0",
+        )
+    found: dict[str, Any] = content["sources"][int(number)]
+    return found
 
 
 def parse_parameters(model: type[BaseModel], values: dict[str, Any], where: str) -> Any:

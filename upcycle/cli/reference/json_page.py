@@ -33,6 +33,7 @@ JSON_KEYS = {
     "error_trained",
     "convert layers of a mix": "layer router_condition own_expert",
     "convert layers of a grown MoE": "layer experts utility",
+    "convert layers of an added expert": "layer own_tokens other_tokens unit strength",
     "convert layers of a compressed MoE": "layer experts rows refit",
     "convert layers of a MoE in few bits": "layer experts rows refit precision",
     "convert layers of a narrower model": "layer attention neurons ffn",

@@ -123,7 +123,7 @@ def conversion_facts(result: Any, out: Path, source: str) -> list[tuple[str, Cel
 
     plan = result.plan
     ratio = plan.flops_per_token / plan.flops_per_token_dense
-    reference = "source" if plan.kind in ("growth", "compression") else "dense"
+    reference = "source" if plan.kind in ("growth", "addition", "compression") else "dense"
     same = plan.parameters_active == plan.parameters_total and plan.router == "none"
     active = "" if same else f", {count(plan.parameters_active)} active"
     facts: list[tuple[str, Cell]] = [
@@ -165,6 +165,8 @@ def _approximate_hint(plan: Any) -> str:
 
     if load("method", plan.method).kind in ("compression", "narrowing"):
         return "other text than the calibration's, and what the model writes, lose most: measure both"
+    if plan.kind == "addition":
+        return "measure text of the new expert's kind and of the others'; --param sharpness moves tokens from one to the other"
     return "quality is lower than the dense model's until the model is healed by continual pre-training"
 
 
@@ -191,6 +193,11 @@ def calibration_facts(layers: list[dict[str, Any]]) -> list[tuple[str, str]]:
         facts.append(("router", f"captures {captured} of what an oracle would (random: {spread('random', '.0%')})"))
     if share := spread("own_expert", ".0%"):
         facts.append(("router", f"chooses a source's own expert for {share} of that source's tokens"))
+    if own := spread("own_tokens", ".0%"):
+        others = spread("other_tokens", ".0%")
+        facts.append(
+            ("router", f"{own} of the new expert's own text choose it, and {others} of other text (held-out tokens)")
+        )
     if before := spread("error_before", ".2f"):
         facts.append(
             (

@@ -105,6 +105,7 @@ def _compression_facts(plan: Any) -> list[tuple[str, str]]:
 
 _WITHOUT_EXPERTS = {
     "growth": _growth_facts,
+    "addition": _growth_facts,
     "pruning": _pruning_facts,
     "compression": _compression_facts,
 }  # by the kind of plan

@@ -29,13 +29,15 @@ Promise = tuple[Literal["exact", "approximate"], str]
 class Described:
     """Describes a checkpoint by its ``config.json`` and its tensors' headers.
 
-    ``where`` is its name in messages; ``made_of`` the architecture of the model that upcycle made it of, empty where it did not.
+    ``where`` is its name in messages; ``made_of`` the architecture of the model that upcycle made it of, empty where it did not;
+    ``added`` the dense model whose FFNs a MoE gets as experts, None where it gets none.
     """
 
     raw: Mapping[str, Any]
     specs: Mapping[str, TensorSpec]
     where: str
     made_of: str = ""
+    added: Described | None = None
 
 
 @dataclass(frozen=True)
@@ -87,21 +89,24 @@ class Growth(AnyMethod):
 
     Attributes:
         keys: the recipe keys that it reads in addition to those that every step reads.
+        decides: what it decides of every layer, as the file of decisions calls it.
         next_step: the command to suggest to the user afterwards.
     """
 
     kind: MethodKind = "growth"
     keys: ClassVar[frozenset[str]] = frozenset()
+    decides: ClassVar[str] = "experts"
     next_step: ClassVar[str]
 
     @abstractmethod
-    def grow(self, source: Described, recipe: Recipe, choice: CopiedExperts | None = None) -> Grown:
+    def grow(self, source: Described, recipe: Recipe, choice: Any = None) -> Grown:
         """Describe the result.
 
         Args:
             source: the model that grows.
             recipe: the recipe.
-            choice: what :meth:`choose` decided; None: it is not decided yet, and any choice has the same shapes.
+            choice: what was decided of every layer (by :meth:`choose`, copied experts); None: nothing is yet, and any choice has
+                the same shapes.
 
         Raises:
             UsageError: the recipe cannot be carried out on this model.

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from upcycle.errors import CheckpointError, UsageError
+from upcycle.models.own.attention_received import watch_attention
 from upcycle.models.own.moe_block import DOWN_WEIGHTS, IMPLEMENTATIONS, MoeBlock, PackedExperts
 from upcycle.models.own.replaced_ffn import ReplacedFfn, replaced_in
 from upcycle.models.own.routing.biased_top_k import BiasedTopKRule
@@ -102,6 +103,7 @@ def replace_ffns(model: Any, config: Any) -> None:
                 _put(base, path, nn.Identity())
             placed += 1
     watch_masks(model)
+    watch_attention(model)
     if wanted and not placed:
         first = wanted[0].paths[0][0]
         raise CheckpointError(

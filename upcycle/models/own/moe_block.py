@@ -21,6 +21,7 @@ from upcycle.models.own.factored_experts import FactoredExperts
 from upcycle.models.own.replaced_ffn import ReplacedFfn
 from upcycle.models.own.routing.base import RouterRule
 from upcycle.models.own.routing.biased_top_k import BiasedTopKRule
+from upcycle.models.own.routing.skip import SkipRule
 
 IMPLEMENTATIONS = ("upcycle", "eager")
 DOWN_WEIGHTS = ("experts.down", "shared_down")  # which may be fp32 where the others are fp16
@@ -42,6 +43,8 @@ class MoeBlock(nn.Module):
     Attributes:
         mask: of the tokens of the present call, 0 at padding, where the rule looks at whole sequences and the model was given one:
             see :func:`~upcycle.models.own.token_mask.watch_masks`.
+        received: ``[B, n]``, the attention that tokens of the present call get, where the rule protects some: see
+            :func:`~upcycle.models.own.attention_received.watch_attention`.
     """
 
     def __init__(self, ffn: ReplacedFfn) -> None:
@@ -60,13 +63,14 @@ class MoeBlock(nn.Module):
         self.output_bias = nn.Parameter(torch.zeros(out)) if "output" in ffn.biases else None
         self.dropout = nn.Dropout(ffn.dropout)
         self.mask: torch.Tensor | None = None
+        self.received: torch.Tensor | None = None
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """See the class."""
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         # A batch of sequences (or images), or tokens of one.
         length = hidden_states.shape[1:-1].numel() if hidden_states.ndim > 2 else len(x)
-        _, weights, ids = self.router(x, length, self._real(hidden_states))
+        _, weights, ids = self.router(x, length, self._real(hidden_states), self._protected(hidden_states))
         return self._whole(x, self.experts(x, ids, weights)).view(*hidden_states.shape[:-1], -1)
 
     def _real(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
@@ -74,6 +78,15 @@ class MoeBlock(nn.Module):
         if self.mask is None or self.mask.shape != hidden_states.shape[:-1]:
             return None
         return self.mask.reshape(-1).to(hidden_states.device)
+
+    def _protected(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Return which tokens keep all their experts, boolean ``[T]``; None: none does."""
+        if self.received is None or not isinstance(self.rule, SkipRule):
+            return None
+        attention, self.received = self.received.to(hidden_states.device), None  # of this call alone
+        if attention.shape != hidden_states.shape[:-1]:
+            return None
+        return self.rule.important(attention * hidden_states.detach().abs().sum(-1, dtype=torch.float32)).flatten()
 
     @property
     def rule(self) -> RouterRule:
@@ -138,15 +151,24 @@ class TokenRouter(nn.Module):
         self.top_k: int | None = getattr(ffn.rule, "top_k", None)
 
     def forward(
-        self, x: torch.Tensor, length: int | None = None, real: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        length: int | None = None,
+        real: torch.Tensor | None = None,
+        protected: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See the class; ``x`` is ``[T, d]``, of sequences of ``length`` tokens, of which padding is 0 in ``real`` ``[T]``."""
+        """See the class; ``x`` is ``[T, d]``, of sequences of ``length`` tokens, of which padding is 0 in ``real`` ``[T]``.
+
+        Tokens that are ``protected`` ``[T]`` keep all their experts under a rule that leaves some out.
+        """
         x = self.form.before(x)
         if self.hidden is not None:
             x = self.form.activated(self.hidden(x))
         logits = self.form.behind(functional.linear(x, self.weight, self.bias))
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        if isinstance(self.rule, BiasedTopKRule):
+        if isinstance(self.rule, SkipRule):
+            ids, weights = self.rule.route(logits, self.e_score_correction_bias, protected)
+        elif isinstance(self.rule, BiasedTopKRule):
             ids, weights = self.rule.route(logits, self.e_score_correction_bias)
         else:
             ids, weights = self.rule.route_sequences(logits, length or len(logits), real)

@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 from upcycle.models.own.registration import register_wrapper
+from upcycle.models.own.replaced_ffn import replaced_in
 
 _CLASS = "WrappedCausalModel"
 _OTHER_SHAPES = ("gpt2",)  # vLLM 0.32: dense GPT-2 does not run on its backend for models of transformers, either
@@ -62,4 +63,7 @@ def what_prevents(config: Any) -> str | None:
         return f"{wrapped.__name__}: in transformers, a {config.base_model_type} model cannot take vLLM's attention"
     if "position_ids" not in inspect.signature(wrapped.forward).parameters:
         return f"{wrapped.__name__}: in transformers, a {config.base_model_type} model takes no positions, which vLLM gives it"
+    if any(getattr(ffn.rule, "protected", 0.0) for ffn in replaced_in(config)):
+        why = "its rule protects tokens by their attention, and vLLM's does not give its weights: set 'protected' to 0"
+        return f"{wrapped.__name__}: {why}"
     return None

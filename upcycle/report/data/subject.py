@@ -79,8 +79,9 @@ class Subject:
         """What the parent and the model are called where they are compared."""
         kind = str(self.record["plan"]["kind"]) if self.record else ""
         usual = ("dense", "MoE") if self.moe_layers else ("parent", "model")
-        both = ("before", "after")
-        return {"growth": both, "compression": both, "narrowing": both, "pruning": ("dense", "pruned")}.get(kind, usual)
+        if kind in ("growth", "addition", "compression", "narrowing"):
+            return ("before", "after")
+        return ("dense", "pruned") if kind == "pruning" else usual
 
     @property
     def moe_layers(self) -> list[int]:

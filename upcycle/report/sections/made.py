@@ -20,7 +20,8 @@ def made_view(data: Mapping[str, Any]) -> dict[str, Any]:
     if data.get("source"):
         facts.append(("source", data["source"], None))
     if data.get("sources"):
-        facts.append(("mixed sources", ", ".join(data["sources"]), None))
+        role = "added model" if data.get("kind") == "addition" else "mixed sources"
+        facts.append((role, ", ".join(data["sources"]), None))
     facts.append(("architecture", str(data["architecture"]), None))
     if data.get("summary"):
         facts.append((data["kind"], data["summary"], None))
