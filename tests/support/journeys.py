@@ -126,9 +126,7 @@ def bigger_model(journey: Journey) -> None:
     journey.first("upcycle")
     journey.named(r"^upcycle init\b", answers=["demo", "capacity", TEXT, "y", "transformers"])
     journey.named(r"^upcycle convert ", OUT="moe")
-    journey.named(
-        r"^upcycle train upcycle_cpt --model OUT ", OUT="moe", RUN="run", TEXT=f"{TEXT} {FEW}", docs__txt=TEXT
-    )
+    journey.named(r"^upcycle train upcycle_cpt --model OUT ", OUT="moe", RUN="run", **{TEXT: f"{TEXT} {FEW}"})
     journey.named(r"^upcycle evaluate \S*run")
     journey.named(r"^upcycle report \S*run")
     journey.named(r"^upcycle push .*--dry-run", YOU__NAME="alice/moe")

@@ -9,6 +9,8 @@ from math import sqrt
 from typing import Literal, get_args
 
 from upcycle.architectures.dense.base import Feature
+from upcycle.errors import UsageError
+from upcycle.files.formats.parsing import parse_yaml
 from upcycle.planning.cost import Plan
 from upcycle.recipe.shipped_recipes import shipped
 from upcycle.registry import load
@@ -101,14 +103,24 @@ def draft(answers: Answers, name: str, targets: Iterable[str]) -> Draft:
     return Draft("\n".join([head, *lines, rest]), name, (*remarks, *told))
 
 
-def commands(answers: Answers, recipe: str) -> list[str]:
-    """Return what to type next, in order; ``recipe`` is the file's name."""
+def commands(answers: Answers, recipe: str, context: int | None = None) -> list[str]:
+    """Return what to type next, in order.
+
+    Args:
+        answers: what somebody wants.
+        recipe: the file's name.
+        context: most positions of the model; rows of training are not longer.
+    """
     found = [f"upcycle convert {recipe} OUT"]
     model = "OUT"
     if answers.train:
         with_what = "heal_distill" if answers.goal == "speed" else "upcycle_cpt"
         data = ",".join(answers.texts) or "TEXT"
-        found.append(f"upcycle train {with_what} --model OUT --output RUN --set data={data}")
+        rows = parse_yaml(shipped("train")[with_what].read_text(encoding="utf-8"), with_what, error=UsageError)[
+            "length"
+        ]
+        shorter = f" --set length={context}" if context and context < rows else ""
+        found.append(f"upcycle train {with_what} --model OUT --output RUN --set data={data}{shorter}")
         model = "RUN/model"  # which a run writes at its end
     found.append(f"upcycle report {model}")
     if answers.engine != "transformers":

@@ -60,6 +60,8 @@ def test_every_draft_is_a_recipe_that_can_be_planned(goal: Any, engine: Any, tra
     following = commands(answers, "mine.yaml")
     assert following[0] == "upcycle convert mine.yaml OUT"
     assert any(line.startswith("upcycle train") for line in following) == train
+    short = [line for line in commands(answers, "mine.yaml", 64) if line.startswith("upcycle train")]
+    assert all(line.endswith("--set length=64") for line in short)
     assert (following[-1] == f"upcycle verify {'RUN/model' if train else 'OUT'} --with {engine}") == (
         engine != "transformers"
     )

@@ -63,7 +63,7 @@ def command(
         )
     given = {"model": model, "goal": goal, "text": text, "train": train, "engine": engine}
     answers = _answers(given, asks=has_terminal() and not as_json)
-    drafted, plan = _drafted(answers)
+    drafted, plan, context = _drafted(answers)
     from upcycle.planning.first_recipe import commands
 
     try:
@@ -71,7 +71,7 @@ def command(
         write_whole(path, lambda temporary: temporary.write_text(drafted.text, encoding="utf-8"))
     except OSError as error:
         raise cannot_write(path, error) from None
-    following = commands(answers, str(out))
+    following = commands(answers, str(out), context)
     if as_json:
         told = {"out": str(out), "recipe": parse_yaml(drafted.text, str(out), error=UsageError)}
         print_json({**told, "remarks": list(drafted.remarks), "commands": following, "plan": plan.as_dict()})
@@ -127,16 +127,18 @@ def _asked(question: str, name: str) -> Any:
     return click.prompt(question, default=default, type=kind, show_default=name != "text", err=True)
 
 
-def _drafted(answers: Any) -> tuple[Any, Any]:
-    """Return the draft and its plan.
+def _drafted(answers: Any) -> tuple[Any, Any, int | None]:
+    """Return the draft, its plan, and the most positions of the model.
 
     Raises:
         UsageError: a text is missing, or the model cannot be converted like that.
     """
     from dataclasses import replace
 
-    from upcycle.conversion.jobs import plan
+    from upcycle.architectures.usual_keys import usual_keys
+    from upcycle.conversion.jobs import job_of
     from upcycle.planning.first_recipe import draft, is_faster, recipes_for
+    from upcycle.recipe.conversion_recipe import parse_recipe
     from upcycle.registry import find
 
     for text in answers.texts:
@@ -144,16 +146,20 @@ def _drafted(answers: Any) -> tuple[Any, Any]:
             raise UsageError(
                 f"no such text file: {text}", hint="a UTF-8 file, rows (.jsonl, .csv, .parquet), or a hub dataset"
             )
+
+    def planned(drafted: Any) -> tuple[Any, int | None]:
+        job = job_of(parse_recipe(parse_yaml(drafted.text, "the draft", error=UsageError), "the draft"))
+        return job.cost(), usual_keys(job.config).get("max_position_embeddings")
+
     for name in recipes_for(answers):
         drafted = draft(answers, name, ())
         print_message(f"planning {answers.model} by {name} ...")
-        found = plan(**parse_yaml(drafted.text, "the draft", error=UsageError))
-        family = find("family", found.family)
+        family = find("family", planned(drafted)[0].family)
         drafted = draft(answers, name, family.targets if family else ())
-        found = plan(**parse_yaml(drafted.text, "the draft", error=UsageError))
+        found, context = planned(drafted)
         if answers.goal == "capacity" or is_faster(found):
-            return drafted, found
+            return drafted, found, context
     slow = (
         "no split is predicted to be faster than this model here: measure with upcycle compare, or convert a larger one"
     )
-    return replace(drafted, remarks=(*drafted.remarks, slow)), found
+    return replace(drafted, remarks=(*drafted.remarks, slow)), found, context
