@@ -22,7 +22,9 @@ from upcycle.hardware.memory import keep_freed_memory
 from upcycle.trainers.checkpoints.prepare_model import check_parent_tokens, parent_folder, save_config, tokenizer_of
 from upcycle.trainers.checkpoints.read import SavedRun, open_checkpoint
 from upcycle.trainers.checkpoints.write import save
-from upcycle.trainers.data.batches import PackedBatch, check_data
+from upcycle.trainers.data.batches import PackedBatch
+from upcycle.trainers.data.chat_templates import kept_template
+from upcycle.trainers.data.data_check import check_data
 from upcycle.trainers.distributed.ranks import Ranks, first_rank, process_group
 from upcycle.trainers.distributed.signals import StopSignals
 from upcycle.trainers.forecast.flops import measured_peak
@@ -127,10 +129,12 @@ class _Run:
     def _check_inputs(self) -> None:
         """Read all data and find all parents, of later stages too, so that what is missing is refused before the first step."""
         checked: list[DataRecipe] = []
+        every = [stage.data or self.recipe.data for stage in self.recipe.stages]
+        self.template = kept_template(self.tokenizer, (data.chat_template for data in every))
         for stage in self.recipe.stages:
             data = stage.data or self.recipe.data
             if data not in checked:
-                check_data(data, self.say)
+                check_data(data, self.tokenizer, self.recipe.length, self.say, self.ranks.rank)
                 checked.append(data)
             parents = {reference_parent(data, self.origin)}
             if stage.distillation:
@@ -191,7 +195,14 @@ class _Run:
         if not self.begun:
             self.begun = True
             self.progress.reports = open_run(
-                self.recipe, self.folder, self.origin, self.ranks, self.restart, self.say, self.progress.step
+                self.recipe,
+                self.folder,
+                self.origin,
+                self.ranks,
+                self.restart,
+                self.say,
+                self.progress.step,
+                self.template,
             )
             self.progress.record_changes(self.changes)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from upcycle.errors import EnvironmentFault, UsageError
-from upcycle.text.reading.documents import Reading
+from upcycle.text.reading.columns import Reading
 from upcycle.trainers.data.corpus import HubCorpus, LocalCorpus, file_fingerprint, open_corpus
 
 DOCUMENTS = [f"document {number}" for number in range(50)]
@@ -81,7 +81,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_a_hub_dataset_is_streamed_in_shards(hub: list[int]) -> None:
-    corpus = open_corpus(["org/set"], None, None, "v1", 16 * 4096, "x")
+    corpus = open_corpus(["org/set"], Reading(), "v1", 16 * 4096, "x")
     assert isinstance(corpus, HubCorpus)
     assert corpus.shards is None
     shards = [list(corpus.documents(shard)) for shard in range(4)]
@@ -104,7 +104,7 @@ def test_texts_that_cannot_be_opened_are_refused(
     hub: list[int], texts: list[str], revision: str | None, error: type, message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        list(open_corpus(texts, None, None, revision, 1000, "x").documents(0))
+        list(open_corpus(texts, Reading(), revision, 1000, "x").documents(0))
 
 
 def test_a_hub_dataset_without_the_column(hub: list[int]) -> None:

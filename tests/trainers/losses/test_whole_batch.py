@@ -117,16 +117,20 @@ class Engine:
         return True
 
 
-def rows(first: int, last: int) -> PackedBatch:
+def rows(first: int, last: int, answers: bool = False) -> PackedBatch:
+    """Some rows of a batch; of examples, every third token and all of the second row are read, but not learned."""
     ids = torch.randint(4096, (ROWS, LENGTH), generator=torch.Generator().manual_seed(3))
     made = [tuple(map(torch.from_numpy, layout(torch.tensor(each).numpy(), LENGTH))) for each in FRAGMENTS]
     positions, mask = (torch.stack(part) for part in zip(*made, strict=True))
+    real = mask | (positions == 0)
+    if answers:
+        mask = mask & (ids % 3 != 0) & (torch.arange(ROWS) != 1)[:, None]
     own = slice(first, last)
-    return PackedBatch(ids[own], mask[own], positions[own], ("x",) * (last - first))
+    return PackedBatch(ids[own], mask[own], positions[own], ("x",) * (last - first), real[own])
 
 
 def step(
-    model: Any, parent: Any, stage: dict[str, Any], world: int, passes: int
+    model: Any, parent: Any, stage: dict[str, Any], world: int, passes: int, answers: bool = False
 ) -> tuple[StepResult, list[torch.Tensor], Engine]:
     """A step's result, the averaged gradient, and the first rank's engine."""
     recipe = StageRecipe.model_validate({"steps": 1, "learning_rate": 1.0, **stage})
@@ -140,7 +144,7 @@ def step(
         engine = Engine(own, passes)
         # As the stream gives them: all ranks' rows of a pass lie together.
         starts = [(number_of_pass * world + number) * size for number_of_pass in range(passes)]
-        result = stepper.step(engine, [rows(start, start + size) for start in starts], 1.0)
+        result = stepper.step(engine, [rows(start, start + size, answers) for start in starts], 1.0)
         return result, [p.grad for p in own.parameters() if p.grad is not None], engine
 
     with ThreadPoolExecutor(world) as pool:
@@ -183,6 +187,38 @@ def test_every_division_has_the_loss_and_gradient_of_the_whole(model: Any, paren
             layer: count.tolist() for layer, count in whole.counts.items()
         }
         assert far(gradient, wanted) < NEAR, (world, passes)
+
+
+def test_examples_have_the_loss_of_their_answers_however_they_are_divided(model: Any, parent: Any) -> None:
+    """Passes and ranks have unlike numbers of answers, and one pass has none: a mean of their means would be another number."""
+    stage = {"losses": BALANCES, "distillation": {"logits": 1.0, "hidden": 0.7, "ffn": 0.9}}
+    whole, wanted, _ = step(model, parent, stage, 1, 1, answers=True)
+    for world, passes in ((1, 4), (2, 1), (2, 2)):
+        found, gradient, _ = step(model, parent, stage, world, passes, answers=True)
+        assert found.loss == pytest.approx(whole.loss, rel=NEAR)
+        assert found.parts == {name: pytest.approx(value, rel=NEAR, abs=NEAR) for name, value in whole.parts.items()}
+        assert far(gradient, wanted) < NEAR, (world, passes)
+    batch = rows(0, ROWS, answers=True)
+    nats, divergence = 0.0, 0.0
+    for row in range(ROWS):
+        inputs = {
+            "input_ids": batch.ids[row : row + 1],
+            "position_ids": batch.positions[row : row + 1],
+            "use_cache": False,
+        }
+        own, theirs = (m(**inputs).logits[0].log_softmax(-1) for m in (model, parent))
+        for place in torch.nonzero(batch.mask[row]).flatten().tolist():
+            nats -= own[place - 1, batch.ids[row, place]].item()
+            divergence += (theirs[place - 1].exp() * (theirs[place - 1] - own[place - 1])).sum().item()
+    count = int(batch.mask.sum())
+    assert whole.targets == count < int(rows(0, ROWS).mask.sum())
+    assert whole.loss == pytest.approx(nats / count, rel=NEAR)
+    assert whole.parts["kl"] == pytest.approx(divergence / count, rel=NEAR)
+    text, _, _ = step(model, parent, stage, 1, 1)
+    for (
+        name
+    ) in BALANCES:  # routers choose for prompts, too, in training as in use: balance is over all tokens but padding
+        assert whole.parts[name] == pytest.approx(text.parts[name], rel=NEAR, abs=NEAR)
 
 
 def test_the_whole_is_the_papers_formula_over_all_tokens(model: Any, parent: Any) -> None:
