@@ -80,7 +80,7 @@ class Renderer:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            texts, marked = render_jinja_template(
+            rendered: Any = render_jinja_template(
                 conversations=[messages],
                 tools=tools or None,
                 chat_template=self._source,
@@ -89,7 +89,8 @@ class Renderer:
             )
         except (TemplateError, ValueError, TypeError, KeyError) as error:
             raise RefusedError(f"{self.name} refuses this conversation: {error}") from None
-        return texts[0], [(int(start), int(end)) for start, end in marked[0]]
+        (text,), (marked,) = rendered
+        return text, [(int(start), int(end)) for start, end in marked]
 
     def _by_prefixes(self, messages: list[Any], tools: list[Any], text: str) -> list[Span]:
         """Each answer is what the template writes behind the prompt that it makes of all messages before."""

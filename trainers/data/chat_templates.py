@@ -66,10 +66,10 @@ def find_template(tokenizer: Any, named: str | None) -> ChatTemplate:
     if named is None:
         return _own(tokenizer)
     if named in BUILT_IN:
-        unknown = [mark for mark in _MARKS if named == "chatml" and len(_ids(tokenizer, mark)) != 1]
+        unknown = next((mark for mark in _MARKS if named == "chatml" and len(_ids(tokenizer, mark)) != 1), None)
         if unknown:
             raise UsageError(
-                f"data.chat_template: chatml needs the token {unknown[0]}, and the tokenizer cuts it into {len(_ids(tokenizer, unknown[0]))}",
+                f"data.chat_template: chatml needs the token {unknown}, which the tokenizer does not have",
                 hint="use chat_template: turns, which needs no tokens of its own",
             )
         return ChatTemplate(BUILT_IN[named], named, own=False)
@@ -111,8 +111,8 @@ def _own(tokenizer: Any) -> ChatTemplate:
     if missing:
         raise UsageError(
             f"data: there are conversations, and {missing}",
-            hint="name one in the data, chat_template: turns (or chatml, or a file, such as chat_template.jinja of the model's chat version), or "
-            "--set data.chat_template=turns",
+            hint="name one in the data, or by --set data.chat_template=turns: turns, chatml, or a file, such as "
+            "chat_template.jinja of the model's chat version",
         )
     return ChatTemplate(source, "the tokenizer's chat template", own=True)
 
@@ -132,7 +132,7 @@ def _check_syntax(source: str, where: str) -> None:
             return Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
 
     try:
-        Environment(extensions=[Generation, loopcontrols]).parse(source)  # noqa: S701 - nothing is rendered
+        Environment(extensions=[Generation, loopcontrols]).parse(source)  # nothing is rendered
     except TemplateSyntaxError as error:
         raise UsageError(f"{where} is not a Jinja template: line {error.lineno}: {error.message}") from None
 

@@ -39,6 +39,9 @@ class FileCheck:
         return FileCheck(self.documents + other.documents, self.empty + other.empty, self.broken + other.broken, first)
 
 
+NOTHING = FileCheck()
+
+
 def check_file_rows(path: Path, kind: FileKind, reading: Reading, cache: Path, key: str) -> FileCheck:
     """Check every row of a file, once: the result is kept in ``cache``, and other processes wait for it.
 

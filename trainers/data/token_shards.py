@@ -21,7 +21,7 @@ from upcycle.files.formats.parsing import parse_json
 from upcycle.files.output.locks import one_at_a_time
 from upcycle.text.reading.conversations import Broken, Document, content_of, is_blank
 from upcycle.trainers.data.corpus import Corpus
-from upcycle.trainers.data.file_checks import FileCheck, refused_row
+from upcycle.trainers.data.file_checks import NOTHING, FileCheck, refused_row
 from upcycle.trainers.data.packing import Int64
 
 _FORMAT = "1"  # part of every key: raise it, and older shards are not read
@@ -40,7 +40,7 @@ class TokenShard:
     hashes: Hashes  # [N], of the documents' texts
     digest: str  # of ids and lengths
     last: bool  # whether it is the last one of a stream
-    check: FileCheck = FileCheck()  # of examples: how many were kept, had no answer to learn, or could not be encoded
+    check: FileCheck = NOTHING  # of examples: how many were kept, had no answer to learn, or could not be encoded
 
 
 class Encoder:
@@ -166,7 +166,7 @@ def _read(stem: Path) -> TokenShard | None:
     except (FileNotFoundError, SafetensorError):
         return None
     tokens = np.memmap(ids, np.int32, "r") if total else np.empty(0, np.int32)
-    check = FileCheck(**parse_json(facts["check"], str(index))) if "check" in facts else FileCheck()
+    check = FileCheck(**parse_json(facts["check"], str(index))) if "check" in facts else NOTHING
     return TokenShard(tokens, lengths, hashes, facts["digest"], facts["last"] == "True", check)
 
 

@@ -51,7 +51,7 @@ class DomainRecipe(StrictSettings):
     )
     loss_on: Literal["answers", "all"] | None = Field(
         None,
-        description="the tokens that are learned: those of answers, or all (left out: answers of conversations and pairs, all of text)",
+        description="the tokens that are learned: of answers, or all (left out: answers of conversations and pairs, all of text)",
     )
     too_long: TooLong | None = Field(
         None,

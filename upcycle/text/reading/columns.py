@@ -112,11 +112,9 @@ def document_of(row: Any, reading: Reading, where: object) -> Document | Broken:
     value = row[reading.column]
     if reading.kind == "chat":
         return conversation(value, row, reading.column, where)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
+    if not isinstance(value, str | None):
         return Broken(f"{where}: column '{reading.column}' holds {type(value).__name__}, not text")
-    return value
+    return value or ""
 
 
 def _check_mapping(where: str, row: Any) -> None:

@@ -279,8 +279,7 @@ def _row_groups(path: Path, kind: TableKind, size: int) -> list[FilePiece]:
     with opened_table(path, kind) as table:
         for group, (weight, _) in enumerate(table.weights()):
             if pieces and pieces[-1].size + weight <= size:
-                weight += pieces[-1].size
-                pieces[-1] = FilePiece(path, kind, pieces[-1].start, group + 1, weight)
+                pieces[-1] = FilePiece(path, kind, pieces[-1].start, group + 1, pieces[-1].size + weight)
             else:
                 pieces.append(FilePiece(path, kind, group, group + 1, weight))
     return pieces
