@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -15,6 +17,9 @@ Span: TypeAlias = tuple[int, int]
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _THOUGHT = "</think>"  # what is before it, templates may leave out of earlier answers
 _QUOTED = 60  # characters of a message in an error
+_ONE_AT_A_TIME = (
+    threading.Lock()
+)  # transformers keeps the marks of a text in the compiled template, which threads share
 # A template that asks for the date is told this one, which Llama 3's names as its default: text must not depend on the day.
 _DATE = """\
 {%- macro strftime_now(format) -%}
@@ -64,22 +69,27 @@ class Renderer:
             answers = [span for span, counts in zip(answers, taught, strict=True) if counts]
         return Rendered(text, tuple(span for span in answers if text[slice(*span)].strip()))
 
-    def _text(self, messages: list[Any], tools: list[Any], prompt: bool = False) -> str:
+    @contextmanager
+    def _rendering(self) -> Iterator[None]:
         from jinja2 import TemplateError
 
         try:
+            with _ONE_AT_A_TIME:
+                yield
+        except (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+            raise RefusedError(f"{self.name} refuses this conversation: {error}") from None
+
+    def _text(self, messages: list[Any], tools: list[Any], prompt: bool = False) -> str:
+        with self._rendering():
             text: str = self._tokenizer.apply_chat_template(
                 messages, tools or None, chat_template=self._source, tokenize=False, add_generation_prompt=prompt
             )
-        except (TemplateError, ValueError, TypeError, KeyError) as error:
-            raise RefusedError(f"{self.name} refuses this conversation: {error}") from None
         return text
 
     def _marked(self, messages: list[Any], tools: list[Any]) -> tuple[str, list[Span]]:
-        from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        try:
+        with self._rendering():
             rendered: Any = render_jinja_template(
                 conversations=[messages],
                 tools=tools or None,
@@ -87,8 +97,6 @@ class Renderer:
                 return_assistant_tokens_mask=True,
                 **self._tokenizer.special_tokens_map,
             )
-        except (TemplateError, ValueError, TypeError, KeyError) as error:
-            raise RefusedError(f"{self.name} refuses this conversation: {error}") from None
         (text,), (marked,) = rendered
         return text, [(int(start), int(end)) for start, end in marked]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from upcycle.errors import UsageError
 from upcycle.text.reading.columns import CHATS, Reading, RowKind, choose_reading, document_of
-from upcycle.text.reading.conversations import Broken, Document
+from upcycle.text.reading.conversations import Broken, TextOrExample
 from upcycle.text.reading.documents import FilePiece, find_pieces, first_row
 from upcycle.text.reading.file_kinds import Format
 from upcycle.trainers.data.file_checks import FileCheck, check_file_rows
@@ -43,7 +43,7 @@ class Corpus(ABC):
         return self.reading.kind
 
     @abstractmethod
-    def documents(self, shard: int) -> Iterator[Document]:
+    def documents(self, shard: int) -> Iterator[TextOrExample]:
         """The documents of a shard in order; none past the end of a stream.
 
         Raises:
@@ -119,7 +119,7 @@ class LocalCorpus(Corpus):
             found += check_file_rows(piece.path, piece.kind, self.reading, cache, key)
         return found
 
-    def documents(self, shard: int) -> Iterator[Document]:
+    def documents(self, shard: int) -> Iterator[TextOrExample]:
         """See :class:`Corpus`. A file that has changed since it was found is refused."""
         for piece in self._shards[shard]:
             if piece.path.exists() and file_fingerprint(piece.path) != self._prints[piece.path]:
@@ -156,7 +156,7 @@ class HubCorpus(Corpus):
         self._rows: Iterator[Any] = iter(())
         self._next = -1  # the shard at whose beginning ``_rows`` stands
 
-    def documents(self, shard: int) -> Iterator[Document]:
+    def documents(self, shard: int) -> Iterator[TextOrExample]:
         """See :class:`Corpus`. Shards are read in order from one stream; any other order starts a new one and skips."""
         from upcycle.text.hub_dataset import hub_rows
 

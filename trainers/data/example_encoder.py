@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from upcycle.errors import UsageError
-from upcycle.text.reading.conversations import Broken, Document, Example
+from upcycle.text.reading.conversations import Broken, Example, TextOrExample
 from upcycle.trainers.data.chat_rendering import RefusedError, Rendered, Renderer
 from upcycle.trainers.data.chat_templates import ChatTemplate
 from upcycle.trainers.data.token_shards import Encoder
@@ -43,7 +43,7 @@ class ExampleEncoder(Encoder):
         facts = (_FORMAT, self.fingerprint, template.source if template else None, loss_on)
         self.fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
-    def encode(self, documents: Sequence[Document]) -> list[list[int] | Broken]:
+    def encode(self, documents: Sequence[TextOrExample]) -> list[list[int] | Broken]:
         """Ids of each example, none where nothing of it is learned, or why it cannot be trained on."""
         examples = [document for document in documents if isinstance(document, Example)]
         assert len(examples) == len(documents), "a domain has either text or examples"

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from upcycle.errors import EnvironmentFault, UsageError
 from upcycle.files.formats.parsing import parse_json
 from upcycle.files.output.locks import one_at_a_time
-from upcycle.text.reading.conversations import Broken, Document, content_of, is_blank
+from upcycle.text.reading.conversations import Broken, TextOrExample, content_of, is_blank
 from upcycle.trainers.data.corpus import Corpus
 from upcycle.trainers.data.file_checks import NOTHING, FileCheck, refused_row
 from upcycle.trainers.data.packing import Int64
@@ -67,7 +67,7 @@ class Encoder:
         content = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
         self.fingerprint = hashlib.sha256(repr((_FORMAT, content, self._head, self._tail)).encode()).hexdigest()[:16]
 
-    def encode(self, documents: Sequence[Document]) -> list[list[int] | Broken]:
+    def encode(self, documents: Sequence[TextOrExample]) -> list[list[int] | Broken]:
         """Ids of each document, none where nothing of it is learned, or why it cannot be trained on."""
         ids = self._tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
         return [[*self._head, *row, *self._tail] for row in ids]
@@ -170,9 +170,9 @@ def _read(stem: Path) -> TokenShard | None:
     return TokenShard(tokens, lengths, hashes, facts["digest"], facts["last"] == "True", check)
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+def _batches(documents: Iterator[TextOrExample]) -> Iterator[list[TextOrExample]]:
     """Documents in groups of about ``_TOGETHER`` characters."""
-    batch: list[Document] = []
+    batch: list[TextOrExample] = []
     size = 0
     for document in documents:
         batch.append(document)

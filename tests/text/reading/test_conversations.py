@@ -37,6 +37,7 @@ def write(path: Path, *rows: Any) -> Path:
         ({"conversations": SHARED, "id": "x"}, {}),
         ({"messages": PARTS}, {}),
         ({"text": "no", "talk": TALK}, {"column": "talk"}),
+        ({"messages": json.dumps(TALK)}, {}),
         ({"instruction": "Hi", "output": "Hello"}, {"prompt": ("instruction",), "response": "output"}),
         ({"a": "Hi", "b": " ", "c": "Hello"}, {"prompt": ("a", "b"), "response": "c"}),
     ],

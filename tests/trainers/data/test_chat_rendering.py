@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -71,6 +72,15 @@ def test_a_template_that_asks_for_the_date_gives_the_same_text_every_day(tokeniz
     source = "{{ strftime_now('%d %b %Y') }}\n" + CHATML
     rendered = Renderer(tokenizer, ChatTemplate(source, "T", own=False))(example(TALK))
     assert rendered.text.startswith("26 Jul 2024\n")
+
+
+def test_threads_do_not_mix_their_marks(tokenizer: Any) -> None:
+    """transformers raises, or marks wrong places, where two threads render one template at the same time."""
+    render = Renderer(tokenizer, ChatTemplate(BUILT_IN["chatml"], "T", own=False))
+    chats = [example(messages(*["Hi", "Hello! " * (1 + number % 5)] * (1 + number % 7))) for number in range(200)]
+    alone = [render(chat) for chat in chats]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(render, chats)) == alone
 
 
 NO_SYSTEM = CHATML.replace("{% for message in messages %}", "{% for message in messages if message.role != 'system' %}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from upcycle.errors import UsageError
-from upcycle.text.reading.conversations import Broken, Document, conversation, pair
+from upcycle.text.reading.conversations import Broken, TextOrExample, conversation, pair
 from upcycle.text.reading.table_rows import holds_list, type_name
 
 RowKind: TypeAlias = Literal["text", "chat", "pairs"]
@@ -68,7 +68,7 @@ def choose_reading(rows: Iterable[tuple[str, Any]], reading: Reading) -> Reading
                     )
         return replace(reading, kind="pairs")
     column = choose_column(found, reading.column)
-    kind: RowKind = "chat" if any(holds_list(row[column]) for _, row in found) else "text"
+    kind: RowKind = "chat" if any(_is_chat(column, row[column]) for _, row in found) else "text"
     return replace(reading, column=column, kind=kind)
 
 
@@ -100,7 +100,7 @@ def choose_column(rows: Iterable[tuple[str, Any]], column: str | None) -> str:
     return column
 
 
-def document_of(row: Any, reading: Reading, where: object) -> Document | Broken:
+def document_of(row: Any, reading: Reading, where: object) -> TextOrExample | Broken:
     """Return a row's document, or why it has none; null counts as empty text."""
     if not isinstance(row, Mapping):
         return Broken(f"{where}: a row is {type(row).__name__}, not columns by name")
@@ -124,7 +124,9 @@ def _check_mapping(where: str, row: Any) -> None:
 
 def _guessed(rows: list[tuple[str, Any]]) -> str:
     for name in (*_USUAL, *CHATS):
-        if all(name in row for _, row in rows) and (name in _USUAL or all(holds_list(row[name]) for _, row in rows)):
+        if all(name in row for _, row in rows) and (
+            name in _USUAL or all(_is_chat(name, row[name]) for _, row in rows)
+        ):
             return name
     texts = [{name for name, value in row.items() if isinstance(value, str)} for _, row in rows]
     common = set.intersection(*texts) if texts else set()
@@ -150,6 +152,11 @@ def _guessed(rows: list[tuple[str, Any]]) -> str:
         f"{where}: not every file has a column 'text' or 'content', or a single column of strings; {_listed(row)}{differs}",
         hint="column: NAME in the domain",
     )
+
+
+def _is_chat(name: str, value: Any) -> bool:
+    """Whether a column's value is a conversation: a list, or, under a usual name, JSON that begins like one."""
+    return holds_list(value) or (name in CHATS and isinstance(value, str) and value.lstrip().startswith("["))
 
 
 def _listed(row: Mapping[str, Any]) -> str:

@@ -50,15 +50,15 @@ class Example:
         return json.dumps([self.messages, self.tools, self.taught], ensure_ascii=False)
 
 
-Document: TypeAlias = str | Example
+TextOrExample: TypeAlias = str | Example
 
 
-def is_blank(document: Document) -> bool:
+def is_blank(document: TextOrExample) -> bool:
     """Return whether a document has nothing to train on."""
     return not document.strip() if isinstance(document, str) else not document.messages
 
 
-def content_of(document: Document) -> str:
+def content_of(document: TextOrExample) -> str:
     """Return the string by which equal documents are recognised."""
     return document if isinstance(document, str) else document.content
 
@@ -67,14 +67,16 @@ def conversation(value: Any, row: Mapping[str, Any], column: str, where: object)
     """Return the conversation in a column of a row; null and an empty list are one without messages.
 
     Args:
-        value: what the column holds: OpenAI's or ShareGPT's messages, or a mapping of two equally long lists, as old Parquet
-            files have them.
+        value: what the column holds: OpenAI's or ShareGPT's messages, JSON of them, or a mapping of two equally long lists, as old
+            Parquet files have them.
         row: all columns; ``tools`` is handed to the template.
         column: the column's name, for messages.
         where: the row's place.
     """
     if isinstance(value, Mapping) and value and all(isinstance(part, list) for part in value.values()):
         value = [dict(zip(value, each, strict=False)) for each in zip(*value.values(), strict=False)]
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = _parsed(value)
     if value is None or value == []:
         return Example((), where)
     if not isinstance(value, Sequence) or isinstance(value, str):
@@ -157,13 +159,15 @@ def _joined(parts: list[Any]) -> str | None:
 
 def _tools(value: Any) -> tuple[Any, ...] | None:
     """Return the tools of a row, none where it has none, or None where the value cannot be tools."""
-    if isinstance(value, str):
-        if not value.strip():
-            return ()
-        try:
-            value = parse_json(value, "tools", error=UsageError)
-        except UpcycleError:
-            return None
-    if value is None:
+    if value is None or (isinstance(value, str) and not value.strip()):
         return ()
+    value = _parsed(value) if isinstance(value, str) else value
     return tuple(value) if isinstance(value, list) else None
+
+
+def _parsed(text: str) -> Any:
+    """Return what a string of JSON holds, or the string itself where it is none."""
+    try:
+        return parse_json(text, "", error=UsageError, halves=True)
+    except UpcycleError:
+        return text

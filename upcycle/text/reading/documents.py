@@ -17,7 +17,7 @@ from upcycle.files.formats.parsing import parse_json
 from upcycle.files.user_paths import user_path
 from upcycle.text.reading.columns import Reading, document_of
 from upcycle.text.reading.compressed import UNPACKED, is_compressed, lines_before, opened
-from upcycle.text.reading.conversations import Broken, Document
+from upcycle.text.reading.conversations import Broken, TextOrExample
 from upcycle.text.reading.file_kinds import FileKind, Format, file_kind, saved_files
 from upcycle.text.reading.plain_text import DEMO_TEXTS, read_text
 from upcycle.text.reading.table_rows import TableKind, opened_table
@@ -29,7 +29,7 @@ _TABLES = {"csv": ",", "tsv": "\t"}
 
 
 @dataclass(frozen=True)
-class Place:
+class LinePlace:
     """A line of a file, counted from ``start``, a byte; as a string, it is counted from the file's beginning."""
 
     path: Path
@@ -54,7 +54,7 @@ class FilePiece:
     size: int  # bytes
     cut: int = _END  # bytes after which a compressed text without a separator is cut, at the end of a line
 
-    def documents(self, reading: Reading) -> Iterator[Document]:
+    def documents(self, reading: Reading) -> Iterator[TextOrExample]:
         """Yield the documents in order; broken rows are left out where ``reading`` says so.
 
         Raises:
@@ -70,7 +70,7 @@ class FilePiece:
                     hint="correct or remove it; to leave such rows out, set broken_lines: skip in the data",
                 )
 
-    def records(self, reading: Reading) -> Iterator[Document | Broken]:
+    def records(self, reading: Reading) -> Iterator[TextOrExample | Broken]:
         """Yield the documents and the broken rows in order.
 
         Raises:
@@ -149,7 +149,7 @@ class FilePiece:
     def _json_lines(self) -> Iterator[tuple[object, Any]]:
         for number, line in enumerate(self._lines(), start=1):
             if line.strip():
-                where = Place(self.path, self.start, number)
+                where = LinePlace(self.path, self.start, number)
                 try:
                     yield where, parse_json(line, "", error=UsageError, nan=True, halves=True)
                 except UsageError as error:
