@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,8 @@ class PackedBatch:
     ``ids`` int64 ``[B, L]``; ``mask`` bool ``[B, L]``, the tokens that are targets: no padding, not the first token of a
     document or part, and of examples only answers; ``positions`` int64 ``[B, L]``, 0 at the first token of a document or part and
     nowhere else; ``domains`` the domain of each row; ``unpadded`` bool ``[B, L]``, the tokens that are no padding (``None``: targets
-    and first tokens, which are all of text).
+    and first tokens, which are all of text); ``compared`` bool ``[B, L]``, the answers of preferences, which are no targets (``None``:
+    there are none). In a row of preferences, the worse answer's document follows the better one's.
     """
 
     ids: torch.Tensor
@@ -39,6 +40,7 @@ class PackedBatch:
     positions: torch.Tensor
     domains: tuple[str, ...]
     unpadded: torch.Tensor | None = None
+    compared: torch.Tensor | None = None
 
     @property
     def real(self) -> torch.Tensor:
@@ -47,8 +49,10 @@ class PackedBatch:
 
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedBatch:
         """A batch of what ``change`` makes of every tensor, with the same domains."""
-        unpadded = None if self.unpadded is None else change(self.unpadded)
-        return PackedBatch(change(self.ids), change(self.mask), change(self.positions), self.domains, unpadded)
+        unpadded, compared = (None if part is None else change(part) for part in (self.unpadded, self.compared))
+        return PackedBatch(
+            change(self.ids), change(self.mask), change(self.positions), self.domains, unpadded, compared
+        )
 
     def flat(self) -> PackedBatch:
         """The same documents in one long row ``[1, B L]``, with the same losses: flash attention needs this."""
@@ -76,6 +80,11 @@ class TokenStream:
         self._micro_batch, self._rank, self._world_size = micro_batch, rank, world_size
         self._row = 0
         self._cursors = {name: domain.skip(Cursor(), 0) for name, domain in self._domains.items()}
+
+    @property
+    def preferences(self) -> set[str]:
+        """The domains of preferences."""
+        return {name for name, domain in self._domains.items() if domain.corpus.kind == "preferences"}
 
     @property
     def weights(self) -> dict[str, float]:
@@ -118,7 +127,8 @@ class TokenStream:
                 cursor = domain.skip(cursor, 1)
             self._cursors[name] = domain.skip(cursor, int((after == number).sum()))
         self._row += len(drawn)
-        return make_batch([rows[place] for place in range(len(mine))], [names[number] for number in mine])
+        batch = make_batch([rows[place] for place in range(len(mine))], [names[number] for number in mine])
+        return compared_batch(batch, [name in self.preferences for name in batch.domains])
 
     def state(self) -> dict[str, Any]:
         """The position in the global stream, as JSON; the same on every rank."""
@@ -228,6 +238,8 @@ def open_stream(
 def open_validation(data: DataRecipe, tokenizer: Any, *, length: int) -> dict[str, list[PackedBatch]]:
     """Batches of each domain's held-out documents, in the recipe's order of domains; the same for every seed.
 
+    Of preferences, the better answers are the targets.
+
     If ``validation.fraction`` is 0, only domains with validation files of their own have batches.
 
     Raises:
@@ -245,10 +257,11 @@ def open_validation(data: DataRecipe, tokenizer: Any, *, length: int) -> dict[st
         rule = too_long_rule(domain, corpus)
         rows = validation_rows(domain.name, corpus, cache, held_out, data.validation.tokens, length, rule)
         size = data.validation.batch
-        found[domain.name] = [
-            make_batch(part, [domain.name] * len(part))
-            for part in (rows[at : at + size] for at in range(0, len(rows), size))
+        batches = [
+            make_batch(rows[at : at + size], [domain.name] * len(rows[at : at + size]))
+            for at in range(0, len(rows), size)
         ]
+        found[domain.name] = [better_answers(batch) if corpus.kind == "preferences" else batch for batch in batches]
     return found
 
 
@@ -256,6 +269,20 @@ def make_batch(rows: list[PackedRow], domains: list[str]) -> PackedBatch:
     """A batch of rows; ``domains`` has one name per row."""
     ids, positions, targets, unpadded = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
     return PackedBatch(ids, targets, positions, tuple(domains), unpadded)
+
+
+def compared_batch(batch: PackedBatch, preferences: Sequence[bool]) -> PackedBatch:
+    """The same batch, in which answers in rows of ``preferences`` are compared, and no targets."""
+    if not any(preferences):
+        return batch
+    rows = torch.tensor(preferences)[:, None]
+    return replace(batch, mask=batch.mask & ~rows, compared=batch.mask & rows)
+
+
+def better_answers(batch: PackedBatch) -> PackedBatch:
+    """A batch of preferences with the better answers as targets, by which it is validated."""
+    number = (batch.positions == 0).cumsum(1) - 1
+    return replace(batch, mask=batch.mask & (number % 2 == 0))
 
 
 def _changed_files(domain: str, then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

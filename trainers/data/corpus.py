@@ -150,7 +150,9 @@ class HubCorpus(Corpus):
     def __init__(self, name: str, reading: Reading, revision: str | None, size: int) -> None:
         # What rows hold must be known before any is read, because a run may continue from its cache without a network.
         kind: RowKind = "chat" if reading.column in CHATS else "text"
-        super().__init__(replace(reading, kind="pairs" if reading.response is not None else kind))
+        if reading.response is not None:
+            kind = "pairs" if reading.rejected is None else "preferences"
+        super().__init__(replace(reading, kind=kind))
         self._name, self._revision, self._key = name, revision, repr(self.reading)
         self._per_shard = max(16, size // _BYTES_PER_DOCUMENT)
         self._rows: Iterator[Any] = iter(())

@@ -72,6 +72,8 @@ def _say_columns(domain: str, corpus: Corpus, documents: int, say: Callable[[str
     reading = corpus.reading
     if corpus.kind == "pairs":
         what = f"pairs of '{', '.join(reading.prompt)}' and '{reading.response}'"
+    elif corpus.kind == "preferences":
+        what = f"preferences of '{reading.response}' over '{reading.rejected}'"
     elif reading.column is None:
         return
     else:

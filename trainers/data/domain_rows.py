@@ -16,6 +16,7 @@ from upcycle.errors import UpcycleError, UsageError
 from upcycle.trainers.data.corpus import Corpus
 from upcycle.trainers.data.keyed_random import permutation
 from upcycle.trainers.data.packing import PackedRow, Rows, layout, pack_documents
+from upcycle.trainers.data.token_codes import decoded
 from upcycle.trainers.data.token_shards import Hashes, TokenCache, TokenShard
 from upcycle.trainers.data.too_long import fitted
 from upcycle.trainers.recipe.data_recipe import Packing, TooLong
@@ -209,6 +210,9 @@ def read_row(
     for document, start, size in zip(documents, begin[documents] + starts, lengths, strict=True):
         ids[at : at + size] = shards[shard[document]].tokens[start : start + size]
         at += size
+    ids, learned, begins = decoded(ids)
+    if begins.any():
+        starts = np.union1d(np.cumsum(lengths) - lengths, np.flatnonzero(begins))
+        lengths = np.diff(np.append(starts, at))
     positions, targets = layout(lengths, length)
-    learned = ids >= 0
-    return np.where(learned, ids, ~ids), positions, targets & learned, np.arange(length) < at
+    return ids, positions, targets & learned, np.arange(length) < at

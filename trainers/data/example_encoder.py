@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,13 +15,21 @@ from upcycle.errors import UsageError
 from upcycle.text.reading.conversations import Broken, Example, TextOrExample
 from upcycle.trainers.data.chat_rendering import RefusedError, Rendered, Renderer
 from upcycle.trainers.data.chat_templates import ChatTemplate
+from upcycle.trainers.data.token_codes import coded
 from upcycle.trainers.data.token_shards import Encoder
 
-_FORMAT = "1"  # part of every key: raise it, and older shards are not read
+_FORMAT = "2"  # part of every key: raise it, and older shards are not read
+
+
+class _Encoded(NamedTuple):
+    """Ids of one conversation, and which of them are learned."""
+
+    ids: list[int]
+    learned: list[bool]
 
 
 class ExampleEncoder(Encoder):
-    """Encodes examples: a token that is not learned is stored as ``-1 - id``, so that its mask needs no room of its own.
+    """Encodes examples, as :mod:`upcycle.trainers.data.token_codes` stores them; of a preference, the better one comes first.
 
     Ids are those of ``apply_chat_template``. A token is learned if any of its characters is an answer's. The end-of-text token
     closes an example, unless its text ends with it already; it is learned where the last message is an answer that is.
@@ -47,9 +56,26 @@ class ExampleEncoder(Encoder):
         """Ids of each example, none where nothing of it is learned, or why it cannot be trained on."""
         examples = [document for document in documents if isinstance(document, Example)]
         assert len(examples) == len(documents), "a domain has either text or examples"
-        return self._rendered(self._renderer, examples) if self._renderer else self._plain(examples)
+        sides = list(chain.from_iterable(_sides(example) for example in examples))
+        encoded = iter(self._rendered(self._renderer, sides) if self._renderer else self._plain(sides))
+        return [self._joined([next(encoded) for _ in _sides(example)]) for example in examples]
 
-    def _rendered(self, renderer: Renderer, examples: list[Example]) -> list[list[int] | Broken]:
+    def _joined(self, sides: list[_Encoded | Broken]) -> list[int] | Broken:
+        """The codes of one example; none where nothing of a side is learned."""
+        ids: list[int] = []
+        learned: list[bool] = []
+        begins = None
+        for side in sides:
+            if isinstance(side, Broken):
+                return side
+            if not self._all and not any(side.learned):
+                return []
+            begins = len(ids) or None
+            ids += side.ids
+            learned += [True] * len(side.ids) if self._all else side.learned
+        return coded(np.array(ids, np.int64), np.array(learned, bool), begins)
+
+    def _rendered(self, renderer: Renderer, examples: list[Example]) -> list[_Encoded | Broken]:
         found: list[Rendered | Broken] = []
         for example in examples:
             try:
@@ -61,7 +87,7 @@ class ExampleEncoder(Encoder):
             return [each for each in found if isinstance(each, Broken)]
         encoded = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         made = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        result: list[list[int] | Broken] = []
+        result: list[_Encoded | Broken] = []
         for example, each in zip(examples, found, strict=True):
             if isinstance(each, Broken):
                 result.append(each)
@@ -71,28 +97,25 @@ class ExampleEncoder(Encoder):
             closed = each.text.rstrip().endswith(str(self._tokenizer.eos_token)) if self._tail else True
             last = bool(example.taught[-1])
             tail = [] if closed else self._tail
-            result.append(self._signed([*ids, *tail], np.append(learned, [last] * len(tail)).astype(bool)))
+            result.append(_Encoded([*ids, *tail], [*learned.tolist(), *[last] * len(tail)]))
         return result
 
-    def _plain(self, examples: list[Example]) -> list[list[int] | Broken]:
+    def _plain(self, examples: list[Example]) -> list[_Encoded | Broken]:
         texts = [[str(message["content"]) for message in example.messages] for example in examples]
         ids = iter(self._tokenizer(list(chain(*texts)), add_special_tokens=False, verbose=False)["input_ids"])
-        result: list[list[int] | Broken] = []
+        result: list[_Encoded | Broken] = []
         for _ in examples:
             prompt, response = next(ids), next(ids)
-            whole = [*self._head, *prompt, *response, *self._tail]
-            learned = np.arange(len(whole)) >= len(self._head) + len(prompt)
-            result.append(self._signed(whole, learned))
+            asked, answer = [*self._head, *prompt], [*response, *self._tail]
+            result.append(_Encoded([*asked, *answer], [False] * len(asked) + [True] * len(answer)))
         return result
 
-    def _signed(self, ids: list[int], learned: NDArray[np.bool_]) -> list[int]:
-        if self._all:
-            return ids
-        if not learned.any():
-            return []
-        whole = np.array(ids, np.int64)
-        signed: list[int] = np.where(learned, whole, ~whole).tolist()
-        return signed
+
+def _sides(example: Example) -> list[Example]:
+    """An example, or, of a preference, the better and the worse one."""
+    if not example.rejected:
+        return [example]
+    return [replace(example, rejected=()), replace(example, messages=example.rejected, rejected=())]
 
 
 def _learned(offsets: NDArray[np.int64], rendered: Rendered) -> NDArray[np.bool_]:

@@ -37,7 +37,7 @@ def open_domain_validation(data: DataRecipe, domain: DomainRecipe, corpus: Corpu
         return None
     files = _opened(data, domain, domain.validation, None)
     if files.kind != corpus.kind:
-        names = {"text": "text", "chat": "conversations", "pairs": "pairs"}
+        names = {"text": "text", "chat": "conversations", "pairs": "pairs", "preferences": "preferences"}
         raise UsageError(
             f"domain '{domain.name}' trains on {names[corpus.kind]}, and its validation files hold {names[files.kind]}",
             hint="validate on files of the same form",
@@ -47,7 +47,9 @@ def open_domain_validation(data: DataRecipe, domain: DomainRecipe, corpus: Corpu
 
 def _opened(data: DataRecipe, domain: DomainRecipe, texts: list[str], revision: str | None) -> Corpus:
     size = max(1, parse_size(data.shuffle) // SHARDS_TOGETHER)
-    reading = Reading(domain.column, domain.separator, data.broken_lines, tuple(domain.prompt or ()), domain.response)
+    answer = domain.response or domain.chosen
+    prompt = tuple(domain.prompt or ())
+    reading = Reading(domain.column, domain.separator, data.broken_lines, prompt, answer, domain.rejected)
     corpus = open_corpus(texts, reading, revision, size, domain.name, domain.format)
     if corpus.kind == "text" and domain.loss_on == "answers":
         raise UsageError(
@@ -64,7 +66,8 @@ def _opened(data: DataRecipe, domain: DomainRecipe, texts: list[str], revision: 
 
 def too_long_rule(domain: DomainRecipe, corpus: Corpus) -> TooLong:
     """What becomes of the domain's documents that are longer than a row."""
-    return domain.too_long or ("split" if corpus.kind == "text" else "keep_start")
+    usual: dict[str, TooLong] = {"text": "split", "preferences": "drop"}
+    return domain.too_long or usual.get(corpus.kind, "keep_start")
 
 
 def token_cache(data: DataRecipe, domain: DomainRecipe, corpus: Corpus, tokenizer: Any) -> TokenCache:
@@ -77,7 +80,7 @@ def token_cache(data: DataRecipe, domain: DomainRecipe, corpus: Corpus, tokenize
     folder = token_cache_folder(data)
     if corpus.kind == "text":
         return TokenCache(folder, Encoder(tokenizer, data.end_of_text))
-    plain = corpus.kind == "pairs" and domain.joined == "plain"
+    plain = domain.joined == "plain"
     template = None if plain else find_template(tokenizer, data.chat_template)
     return TokenCache(folder, ExampleEncoder(tokenizer, data.end_of_text, template, domain.loss_on or "answers"))
 

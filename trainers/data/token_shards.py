@@ -35,7 +35,7 @@ Hashes = NDArray[np.uint64]
 class TokenShard:
     """A shard of tokenised documents, one after another. N documents, T tokens."""
 
-    tokens: Int32  # [T], mapped from the file; -1 - id where a token is not to be learned
+    tokens: Int32  # [T], mapped from the file; coded as token_codes.py says
     lengths: Int64  # [N]
     hashes: Hashes  # [N], of the documents' texts
     digest: str  # of ids and lengths

@@ -45,6 +45,11 @@ class DomainRecipe(StrictSettings):
         description="of pairs: the column of the prompt, or several, joined by empty lines where they are not blank",
     )
     response: str | None = Field(None, description="of pairs: the column of the response")
+    chosen: str | None = Field(
+        None,
+        description="of preferences: the column of the better answer: a conversation that ends with it, or, with prompt, it alone",
+    )
+    rejected: str | None = Field(None, description="of preferences: the column of the worse answer")
     joined: Literal["template", "plain"] = Field(
         "template",
         description="of pairs: template writes them as a question and its answer; plain puts one after the other as they stand",
@@ -79,14 +84,21 @@ class DomainRecipe(StrictSettings):
 
     @model_validator(mode="after")
     def _columns(self) -> DomainRecipe:
-        if (self.prompt is None) != (self.response is None):
+        if (self.chosen is None) != (self.rejected is None):
+            raise ValueError("chosen and rejected name the columns of preferences; give both")
+        if self.chosen is not None:
+            if self.response is not None or self.column is not None:
+                raise ValueError("column and response are not for preferences, whose columns are chosen and rejected")
+            if self.loss_on == "all" or self.too_long not in (None, "drop"):
+                raise ValueError("preferences compare whole answers: loss_on is answers, and too_long is drop")
+        elif (self.prompt is None) != (self.response is None):
             given, missing = ("prompt", "response") if self.prompt else ("response", "prompt")
             raise ValueError(f"{given} names a column of pairs, and {missing} none; give both")
         if self.response is not None and self.column is not None:
             raise ValueError(
                 "column is for text and conversations, prompt and response are for pairs; give one or the other"
             )
-        if self.joined == "plain" and self.response is None:
+        if self.joined == "plain" and self.response is None and not (self.chosen and self.prompt):
             raise ValueError("joined is for pairs; give the columns prompt and response")
         return self
 

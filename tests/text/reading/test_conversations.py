@@ -118,7 +118,7 @@ def test_a_fault_far_inside_is_named_with_its_line(tmp_path: Path, fault: str) -
     [
         ({"instruction": "a", "input": "b", "output": "c"}, {}, "the rows are pairs of 'instruction' and 'output'",
          "prompt: [instruction, input] and response: output"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, {}, "pairs of a chosen and a rejected answer", "response: chosen"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, {}, "pairs of a chosen and a rejected answer", "rejected: rejected"),
         ({"a": "x"}, {"prompt": ("a",), "response": "b"}, "no column 'b'", "prompt and response in the domain"),
         ({"a": "x", "b": 3}, {"prompt": ("a",), "response": "b"}, "column 'b' holds int, not text", "broken_lines: skip"),
         ({"a": " ", "b": "x"}, {"prompt": ("a",), "response": "b"}, r"the prompt \(a\) is blank", "broken_lines: skip"),
@@ -128,6 +128,39 @@ def test_pairs_must_be_named(tmp_path: Path, row: Any, reading: dict[str, Any], 
     with pytest.raises(UsageError, match=message) as caught:
         examples(write(tmp_path / "a.jsonl", row), **reading)
     assert hint in str(caught.value.hint)
+
+
+OTHER = [TALK[0], {"role": "assistant", "content": "Go away"}]
+BOTH = {"response": "chosen", "rejected": "rejected"}
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"chosen": TALK, "rejected": OTHER}, ()),
+        ({"chosen": "Hello", "rejected": "Go away", "ask": "Hi"}, ("ask",)),
+        ({"chosen": TALK[1:], "rejected": OTHER[1:], "ask": TALK[:1]}, ("ask",)),
+        ({"chosen": TALK[1:], "rejected": OTHER[1:], "ask": "Hi"}, ("ask",)),
+    ],
+)
+def test_preferences_are_two_answers_to_the_same(tmp_path: Path, row: Any, prompt: Any) -> None:
+    (found,) = examples(write(tmp_path / "a.jsonl", row), prompt=prompt, **BOTH)
+    assert (list(found.messages), list(found.rejected), found.taught) == (TALK, OTHER, (False, True))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"chosen": TALK, "rejected": TALK}, "line 2: the answers in 'chosen' and 'rejected' are equal"),
+        ({"chosen": TALK, "rejected": [{"role": "user", "content": "Yo"}, TALK[1]]}, "answer different conversations"),
+        ({"chosen": TALK, "rejected": TALK[:1]}, "column 'rejected' does not end with an answer"),
+        ({"chosen": TALK, "rejected": "Go away"}, "column 'rejected' holds str, not a list of messages"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(tmp_path: Path, row: Any, message: str) -> None:
+    path = write(tmp_path / "a.jsonl", {"chosen": TALK, "rejected": OTHER}, row)
+    with pytest.raises(UsageError, match=message):
+        LocalCorpus([str(path)], Reading(**BOTH), 1000).check(tmp_path / "cache")
 
 
 def test_plain_text_is_no_conversation(tmp_path: Path) -> None:

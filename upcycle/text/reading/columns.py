@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from upcycle.errors import UsageError
-from upcycle.text.reading.conversations import Broken, TextOrExample, conversation, pair
+from upcycle.text.reading.conversations import Broken, TextOrExample, conversation, pair, preference
 from upcycle.text.reading.table_rows import holds_list, type_name
 
-RowKind: TypeAlias = Literal["text", "chat", "pairs"]
+RowKind: TypeAlias = Literal["text", "chat", "pairs", "preferences"]
 
 _USUAL = ("text", "content")
 CHATS = ("messages", "conversations", "conversation")  # columns that hold them, by their usual names
@@ -28,7 +28,8 @@ class Reading:
         separator: the text between documents, for plain text; None: a piece is one document.
         broken: what to do at a broken row.
         prompt: the columns of the prompt, for pairs.
-        response: the column of the response, for pairs.
+        response: the column of the response, for pairs; of the better one, for preferences.
+        rejected: the column of the worse response, for preferences.
         kind: what rows hold, once :func:`choose_reading` has seen them.
     """
 
@@ -37,13 +38,14 @@ class Reading:
     broken: Literal["stop", "skip"] = "stop"
     prompt: tuple[str, ...] = ()
     response: str | None = None
+    rejected: str | None = None
     kind: RowKind = "text"
 
     @property
     def columns(self) -> tuple[str, ...] | None:
         """The columns that are read, of those that a table may have; None: none are known yet."""
         if self.response is not None:
-            return (*self.prompt, self.response)
+            return (*self.prompt, self.response, *((self.rejected,) if self.rejected else ()))
         return None if self.column is None else (self.column, *(("tools",) if self.kind == "chat" else ()))
 
 
@@ -66,7 +68,7 @@ def choose_reading(rows: Iterable[tuple[str, Any]], reading: Reading) -> Reading
                     raise UsageError(
                         f"{where}: no column '{name}'; {_listed(row)}", hint="prompt and response in the domain"
                     )
-        return replace(reading, kind="pairs")
+        return replace(reading, kind="pairs" if reading.rejected is None else "preferences")
     column = choose_column(found, reading.column)
     kind: RowKind = "chat" if any(_is_chat(column, row[column]) for _, row in found) else "text"
     return replace(reading, column=column, kind=kind)
@@ -105,7 +107,13 @@ def document_of(row: Any, reading: Reading, where: object) -> TextOrExample | Br
     if not isinstance(row, Mapping):
         return Broken(f"{where}: a row is {type(row).__name__}, not columns by name")
     if reading.response is not None:
-        return pair(row, reading.prompt, reading.response, where)
+        if reading.rejected is None:
+            return pair(row, reading.prompt, reading.response, where)
+        return preference(row, reading.prompt, reading.response, reading.rejected, where)
+    return _of_column(row, reading, where)
+
+
+def _of_column(row: Mapping[str, Any], reading: Reading, where: object) -> TextOrExample | Broken:
     assert reading.column is not None
     if reading.column not in row:
         return Broken(f"{where}: no column '{reading.column}'; {_listed(row)}")
@@ -135,8 +143,9 @@ def _guessed(rows: list[tuple[str, Any]]) -> str:
     where, row = rows[0]
     if set(_PREFERENCES) <= set(row):
         raise UsageError(
-            f"{where}: the rows are pairs of a chosen and a rejected answer, and no loss here compares answers; {_listed(row)}",
-            hint="to train on the chosen answers alone, set prompt and response: chosen (or column: chosen) in the domain",
+            f"{where}: the rows are pairs of a chosen and a rejected answer; {_listed(row)}",
+            hint="name both columns in the domain, chosen: chosen and rejected: rejected (and prompt, if it is in a column of its "
+            "own), or learn the chosen answers alone: column: chosen",
         )
     for prompt, response in _PAIRS:
         if {prompt, response} <= set(row):

@@ -37,17 +37,20 @@ class Example:
         where: the place in its file, as ``str(where)``.
         tools: what the template is told of tools.
         taught: for each message, whether it is an answer that counts: an assistant's, unless its ``weight`` is 0.
+        rejected: of a preference, the messages that are worse; they differ in the last, an answer.
     """
 
     messages: tuple[Mapping[str, Any], ...]
     where: object
     tools: tuple[Any, ...] = ()
     taught: tuple[bool, ...] = ()
+    rejected: tuple[Mapping[str, Any], ...] = ()
 
     @cached_property
     def content(self) -> str:
         """All that it says, as JSON: equal conversations have equal ones, wherever they stand."""
-        return json.dumps([self.messages, self.tools, self.taught], ensure_ascii=False)
+        rejected = [self.rejected] if self.rejected else []
+        return json.dumps([self.messages, self.tools, self.taught, *rejected], ensure_ascii=False)
 
 
 TextOrExample: TypeAlias = str | Example
@@ -121,6 +124,46 @@ def pair(row: Mapping[str, Any], prompt: Sequence[str], response: str, where: ob
         return Broken(f"{where}: the prompt ({', '.join(prompt)}) is blank, but there is a response")
     messages = {"role": "user", "content": question}, {"role": ANSWERS, "content": answer}
     return Example(messages, where, taught=(False, True))
+
+
+def preference(
+    row: Mapping[str, Any], prompt: Sequence[str], chosen: str, rejected: str, where: object
+) -> Example | Broken:
+    """Return a row's better and worse answer to the same messages; only the last of each is compared.
+
+    Args:
+        row: its columns; the two hold conversations that differ in their last message, an answer, or answers alone, as text or as a
+            list of one message, with the ``prompt`` in columns of its own.
+        prompt: the columns of the prompt, as :func:`pair` reads them, or one that holds messages; none: it is in the two.
+        chosen: the column of the better answer.
+        rejected: the column of the worse one.
+        where: the row's place.
+    """
+    sides = []
+    for column in (chosen, rejected):
+        if prompt and isinstance(row.get(column), str):
+            side = pair(row, prompt, column, where)
+        else:
+            asked = row.get(prompt[0]) if len(prompt) == 1 else None
+            if prompt and not isinstance(asked, list):
+                asked = [{"role": "user", "content": "\n\n".join(str(row.get(name) or "") for name in prompt).strip()}]
+            answer = row.get(column)
+            whole = [*(asked or []), *answer] if isinstance(answer, list) else answer
+            side = conversation(whole, row, column, where)
+        if isinstance(side, Broken):
+            return side
+        if not side.messages or side.messages[-1]["role"] != ANSWERS:
+            return Broken(f"{where}: column '{column}' does not end with an answer")
+        sides.append(side)
+    better, worse = sides
+    if better.messages[:-1] != worse.messages[:-1]:
+        return Broken(
+            f"{where}: '{chosen}' and '{rejected}' answer different conversations, so they cannot be compared"
+        )
+    if better.messages[-1].get("content", "").strip() == worse.messages[-1].get("content", "").strip():
+        return Broken(f"{where}: the answers in '{chosen}' and '{rejected}' are equal, so there is nothing to prefer")
+    last = (*(False for _ in better.messages[:-1]), True)
+    return Example(better.messages, where, better.tools, last, worse.messages)
 
 
 def _message(given: Any, where: str) -> dict[str, Any] | Broken:
