@@ -25,6 +25,12 @@ from upcycle.trainers.recipe.data_recipe import DataRecipe, DomainRecipe, TooLon
 
 _LONG_CHECK = 1 << 30  # bytes, about ten seconds' worth: longer checks are announced
 _LONG_EXAMPLES = 32 << 20  # the same for examples, which are tokenised
+_LACKING = {
+    "text": "text",
+    "chat": "messages",
+    "pairs": "a response",
+    "preferences": "answers",
+}  # what a row lacks that is empty
 
 
 def check_data(data: DataRecipe, tokenizer: Any, length: int, say: Callable[[str], None], turn: int = 0) -> None:
@@ -58,7 +64,7 @@ def check_data(data: DataRecipe, tokenizer: Any, length: int, say: Callable[[str
             found = corpus.check(token_cache_folder(data))
             if corpus is corpora[0] and found.documents:
                 _say_columns(domain.name, corpus, found.documents, say)
-            _say_left_out(domain.name, found, "text" if corpus.kind == "text" else "messages", say)
+            _say_left_out(domain.name, found, _LACKING[corpus.kind], say)
             rule = too_long_rule(domain, corpus)
             if corpus.shards is not None and (corpus.kind != "text" or rule != "split"):
                 cache = token_cache(data, domain, corpus, tokenizer)
