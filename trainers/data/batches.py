@@ -79,12 +79,8 @@ class TokenStream:
         self._mixture, self._facts = mixture, facts
         self._micro_batch, self._rank, self._world_size = micro_batch, rank, world_size
         self._row = 0
+        self._preferences = {domain.name for domain in domains if domain.corpus.kind == "preferences"}
         self._cursors = {name: domain.skip(Cursor(), 0) for name, domain in self._domains.items()}
-
-    @property
-    def preferences(self) -> set[str]:
-        """The domains of preferences."""
-        return {name for name, domain in self._domains.items() if domain.corpus.kind == "preferences"}
 
     @property
     def weights(self) -> dict[str, float]:
@@ -128,7 +124,7 @@ class TokenStream:
             self._cursors[name] = domain.skip(cursor, int((after == number).sum()))
         self._row += len(drawn)
         batch = make_batch([rows[place] for place in range(len(mine))], [names[number] for number in mine])
-        return compared_batch(batch, [name in self.preferences for name in batch.domains])
+        return compared_batch(batch, [name in self._preferences for name in batch.domains])
 
     def state(self) -> dict[str, Any]:
         """The position in the global stream, as JSON; the same on every rank."""

@@ -43,8 +43,9 @@ class Rendered:
 class Renderer:
     """Writes conversations as a template does, in transformers' sandbox."""
 
-    def __init__(self, tokenizer: Any, template: ChatTemplate) -> None:
-        self._tokenizer, self.name = tokenizer, template.name
+    def __init__(self, tokenizer: Any, template: ChatTemplate, everything: bool = False) -> None:
+        """``everything``: all of a text is learned, so that its answers need not be found."""
+        self._tokenizer, self.name, self._everything = tokenizer, template.name, everything
         self._source = (_DATE if "strftime_now" in template.source else "") + template.source
         self._marks = bool(_MARKS.search(template.source))
 
@@ -55,6 +56,10 @@ class Renderer:
             RefusedError: the template fails, leaves out a message, or writes one turn otherwise when others follow.
         """
         messages, tools = list(example.messages), list(example.tools)
+        if self._everything:
+            text = self._text(messages, tools)
+            _check_whole(messages, text, [(0, len(text))], self.name)
+            return Rendered(text, ((0, len(text)),))
         if self._marks:
             text, marked = self._marked(messages, tools)
             answers = _per_answer(messages, marked, example)

@@ -25,15 +25,11 @@ from upcycle.trainers.recipe.data_recipe import DataRecipe, DomainRecipe, TooLon
 
 _LONG_CHECK = 1 << 30  # bytes, about ten seconds' worth: longer checks are announced
 _LONG_EXAMPLES = 32 << 20  # the same for examples, which are tokenised
-_LACKING = {
-    "text": "text",
-    "chat": "messages",
-    "pairs": "a response",
-    "preferences": "answers",
-}  # what a row lacks that is empty
+# What a row lacks that is left out as empty, by what rows are.
+_LACKING = {"text": "text", "chat": "messages", "pairs": "a response", "preferences": "answers"}
 
 
-def check_data(data: DataRecipe, tokenizer: Any, length: int, say: Callable[[str], None], turn: int = 0) -> None:
+def check_data(data: DataRecipe, tokenizer: Any, length: int, say: Callable[[str], None], turn: int = 0) -> list[str]:
     """Read every row of every file before training begins, and report what is read and what is left out.
 
     Examples are also rendered and tokenised, and so is text that is not simply split into rows. All results are kept in the cache,
@@ -46,15 +42,20 @@ def check_data(data: DataRecipe, tokenizer: Any, length: int, say: Callable[[str
         say: called with lines and warnings about what was found.
         turn: this rank's number: ranks begin with different parts, and share the work.
 
+    Returns:
+        The domains of preferences.
+
     Raises:
         UpcycleError: a file cannot be read, is not text, has a broken row and ``broken_lines`` is ``stop``, or a domain has nothing to
             learn.
     """
     started = time.perf_counter()
     read = 0
+    preferences = []
     for domain in data.domains:
         trained = open_domain(data, domain)
         corpora = [corpus for corpus in (trained, open_domain_validation(data, domain, trained)) if corpus]
+        preferences += [domain.name] if trained.kind == "preferences" else []
         weight = sum(corpus.weight for corpus in corpora)
         read += weight
         if weight > (_LONG_CHECK if corpora[0].kind == "text" else _LONG_EXAMPLES):
@@ -72,6 +73,7 @@ def check_data(data: DataRecipe, tokenizer: Any, length: int, say: Callable[[str
     seconds = time.perf_counter() - started
     if read:
         say(f"checked every row of {size(read)} in {seconds:.1f} s; what is unchanged is not checked again")
+    return preferences
 
 
 def _say_columns(domain: str, corpus: Corpus, documents: int, say: Callable[[str], None]) -> None:

@@ -42,8 +42,8 @@ class ExampleEncoder(Encoder):
             UsageError: the tokenizer has no end-of-text token, or cannot say which characters a token has.
         """
         super().__init__(tokenizer, end_of_text)
-        self._renderer = Renderer(tokenizer, template) if template else None
         self._all = loss_on == "all"
+        self._renderer = Renderer(tokenizer, template, everything=self._all) if template else None
         if template and not getattr(tokenizer, "is_fast", False):
             raise UsageError(
                 "conversations need a fast tokenizer, which says where its tokens lie in the text",

@@ -136,28 +136,11 @@ class Stage:
             world_size=ranks.world_size,
             seed=recipe.seed,
         )
-        self._check_preferences()
         self.held_out = open_validation(data, tokenizer, length=recipe.length)
         if saved:
             saved.restore(self.tensors, states=resumed)
         elif recipe.dense_states:
             DenseStates(user_path(recipe.dense_states), origin).give(self.tensors)
-
-    def _check_preferences(self) -> None:
-        """Refuse preferences that no loss compares, and a loss that has none to compare."""
-        distillation = self.stage_recipe.distillation
-        weight = distillation.preference if distillation else 0.0
-        domains = sorted(self.stream.preferences)
-        if domains and not weight:
-            raise UsageError(
-                f"stage '{self.stage_recipe.name}': domain '{domains[0]}' holds preferences, and no loss compares their answers",
-                hint="set distillation: {preference: 1.0} in the stage, whose parent is the reference",
-            )
-        if weight and not domains:
-            raise UsageError(
-                f"stage '{self.stage_recipe.name}': distillation.preference is {weight:g}, and no domain holds preferences",
-                hint="name the columns of the answers in a domain: chosen and rejected",
-            )
 
     @property
     def top_k(self) -> int:

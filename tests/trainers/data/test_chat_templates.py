@@ -31,7 +31,7 @@ def test_a_tokenizers_own_a_file_or_one_of_two(tokenizer: Any, tmp_path: Path) -
 
 def test_chatml_needs_its_tokens(tokenizer: Any) -> None:
     with pytest.raises(
-        UsageError, match=r"chatml needs the token <\|im_start\|>, and the tokenizer cuts it into"
+        UsageError, match=r"chatml needs the token <\|im_start\|>, which the tokenizer does not"
     ) as caught:
         find_template(tokenizer, "chatml")
     assert "chat_template: turns" in str(caught.value.hint)

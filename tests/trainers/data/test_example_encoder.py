@@ -86,6 +86,12 @@ def test_what_has_nothing_to_learn_and_what_is_refused(tokenizer: Any) -> None:
 def test_everything_can_be_learned(tokenizer: Any) -> None:
     (row,) = ExampleEncoder(tokenizer, True, TURNS, "all").encode(examples(messages("Hi", "Hello!")))
     assert min(row) >= 0
+    counted = ChatTemplate(CHATML.replace("'<|im_start|>'", "messages|length ~ '<|im_start|>'"), "T", own=False)
+    for loss, kind in (("answers", Broken), ("all", list)):  # whose answers cannot be found
+        (row,) = ExampleEncoder(tokenizer, True, counted, loss).encode(
+            examples(messages("Hi", "Hello!", "Bye", "Bye!"))
+        )
+        assert isinstance(row, kind)
 
 
 def test_a_fingerprint_is_of_template_and_loss(tokenizer: Any) -> None:

@@ -18,8 +18,9 @@ from training_runs import recipe_for, run, steps
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.errors import UsageError
 from upcycle.files.locate import DEMO_FOLDER
-from upcycle.trainers.data.batches import open_stream, open_validation
+from upcycle.trainers.data.batches import PackedBatch, open_stream, open_validation
 from upcycle.trainers.data.data_check import check_data
+from upcycle.trainers.distillation.preference import pairs_in, preference_losses
 from upcycle.trainers.recipe.data_recipe import DataRecipe
 
 BETA = 0.3
@@ -74,6 +75,22 @@ def test_the_loss_is_the_papers_however_the_batch_is_divided(models: tuple[Any, 
         found, gradient, _ = divided_step(student, parent, stage, world, passes, batch)
         assert found.parts["preference"] == pytest.approx(whole.parts["preference"], rel=1e-6)
         assert far(gradient, wanted) < 1e-6
+
+
+def test_rows_of_text_beside_preferences_are_no_pairs() -> None:
+    """Three documents of text come first, so that pairs cannot be told by the places of documents alone."""
+    positions = torch.tensor([[0, 1, 0, 1, 0, 1, 2, 3], [0, 1, 0, 1, 2, 0, 1, 0]])
+    compared = torch.tensor([[False] * 8, [False, True, False, True, True, False, False, False]])
+    ids = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8], [5, 6, 5, 7, 8, 5, 6, 5]])
+    mask = (positions > 0) & ~compared
+    batch = PackedBatch(ids, mask, positions, ("text", "prefer"), torch.ones_like(mask), compared)
+    assert pairs_in(batch) == 1
+    student, parent = (torch.randn(2, 8, 9, generator=torch.Generator().manual_seed(seed)).double() for seed in (1, 2))
+    s, t = student[1].log_softmax(-1), parent[1].log_softmax(-1)
+    of_student, of_parent = (float(m[0, 6] - m[2, 7] - m[3, 8]) for m in (s, t))
+    margin = of_student - of_parent
+    (found,) = preference_losses(student, parent, batch, 0.4).tolist()
+    assert found == pytest.approx(math.log(1 + math.exp(-0.4 * margin)), rel=1e-9)
 
 
 def test_a_pair_stays_in_one_row_or_is_left_out_and_the_better_answer_is_validated(tmp_path: Path) -> None:
