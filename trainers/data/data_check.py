@@ -24,7 +24,7 @@ from upcycle.trainers.data.too_long import fitted
 from upcycle.trainers.recipe.data_recipe import DataRecipe, DomainRecipe, TooLong
 
 _LONG_CHECK = 1 << 30  # bytes, about ten seconds' worth: longer checks are announced
-_LONG_EXAMPLES = 32 << 20  # the same for examples, which are tokenised
+_LONG_EXAMPLES = 4 << 20  # the same for examples, which are rendered and tokenised
 # What a row lacks that is left out as empty, by what rows are.
 _LACKING = {"text": "text", "chat": "messages", "pairs": "a response", "preferences": "answers"}
 

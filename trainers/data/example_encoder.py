@@ -101,6 +101,12 @@ class ExampleEncoder(Encoder):
         return result
 
     def _plain(self, examples: list[Example]) -> list[_Encoded | Broken]:
+        longer = next((example for example in examples if len(example.messages) != 2), None)
+        if longer is not None:
+            raise UsageError(
+                f"{longer.where}: {len(longer.messages)} messages, and joined: plain puts one prompt and one answer together",
+                hint="set joined: template",
+            )
         texts = [[str(message["content"]) for message in example.messages] for example in examples]
         ids = iter(self._tokenizer(list(chain(*texts)), add_special_tokens=False, verbose=False)["input_ids"])
         result: list[_Encoded | Broken] = []

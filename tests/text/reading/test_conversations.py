@@ -58,6 +58,22 @@ def test_what_a_template_may_want_is_kept(tmp_path: Path) -> None:
     assert found.tools == ({"name": "add"},)
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_a_column_of_system_messages_is_not_lost(tmp_path: Path, ending: str) -> None:
+    system = {"role": "system", "content": "Be brief."}
+    rows = [{"messages": TALK, "system": "Be brief."}, {"messages": TALK, "system": None}]
+    if ending == "jsonl":
+        path = write(tmp_path / "a.jsonl", *rows, {"messages": [system, *TALK], "system": "Be long."})
+    else:
+        datasets = pytest.importorskip("datasets")
+        path = tmp_path / "a.parquet"
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    first, second, *third = examples(path)
+    assert (list(first.messages), first.taught) == ([system, *TALK], (False, False, True))
+    assert list(second.messages) == TALK
+    assert [list(each.messages) for each in third] == [[system, *TALK]] * len(third)
+
+
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "saved"])
 def test_tables_hold_the_same(tmp_path: Path, kind: str) -> None:
     datasets = pytest.importorskip("datasets")
@@ -119,7 +135,7 @@ def test_a_fault_far_inside_is_named_with_its_line(tmp_path: Path, fault: str) -
         ({"instruction": "a", "input": "b", "output": "c"}, {}, "the rows are pairs of 'instruction' and 'output'",
          "prompt: [instruction, input] and response: output"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, {}, "pairs of a chosen and a rejected answer", "rejected: rejected"),
-        ({"a": "x"}, {"prompt": ("a",), "response": "b"}, "no column 'b'", "prompt and response in the domain"),
+        ({"a": "x"}, {"prompt": ("a",), "response": "b"}, "no column 'b'", "name the columns in the domain"),
         ({"a": "x", "b": 3}, {"prompt": ("a",), "response": "b"}, "column 'b' holds int, not text", "broken_lines: skip"),
         ({"a": " ", "b": "x"}, {"prompt": ("a",), "response": "b"}, r"the prompt \(a\) is blank", "broken_lines: skip"),
     ],
@@ -151,7 +167,10 @@ def test_preferences_are_two_answers_to_the_same(tmp_path: Path, row: Any, promp
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"chosen": TALK, "rejected": TALK}, "line 2: the answers in 'chosen' and 'rejected' are equal"),
+        (
+            {"chosen": TALK, "rejected": [TALK[0], {**TALK[1], "content": " Hello "}]},
+            "line 2: the answers in 'chosen' and 'rejected' are equal",
+        ),
         ({"chosen": TALK, "rejected": [{"role": "user", "content": "Yo"}, TALK[1]]}, "answer different conversations"),
         ({"chosen": TALK, "rejected": TALK[:1]}, "column 'rejected' does not end with an answer"),
         ({"chosen": TALK, "rejected": "Go away"}, "column 'rejected' holds str, not a list of messages"),

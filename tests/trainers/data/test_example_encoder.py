@@ -67,6 +67,13 @@ def test_a_prompt_and_its_response_as_they_stand(tokenizer: Any) -> None:
     ) == [ids_of(list(row))]
 
 
+def test_what_is_put_together_plain_is_one_prompt_and_one_answer(tokenizer: Any) -> None:
+    with pytest.raises(
+        UsageError, match="line 1: 4 messages, and joined: plain puts one prompt and one answer together"
+    ):
+        ExampleEncoder(tokenizer, True, None, "answers").encode(examples(messages("Hi", "Hello!", "Bye", "Bye!")))
+
+
 def test_what_has_nothing_to_learn_and_what_is_refused(tokenizer: Any) -> None:
     encoder = ExampleEncoder(tokenizer, True, TURNS, "answers")
     chats = examples(messages("Hi"), messages("Hi", "Hello!")[::-1], messages("Hi", ""), messages("Hi", "Hello!"))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from upcycle.errors import UsageError
-from upcycle.text.reading.conversations import Broken, TextOrExample, conversation, pair, preference
+from upcycle.text.reading.conversations import BESIDE, Broken, TextOrExample, conversation, pair, preference
 from upcycle.text.reading.table_rows import holds_list, type_name
 
 RowKind: TypeAlias = Literal["text", "chat", "pairs", "preferences"]
@@ -15,7 +15,7 @@ RowKind: TypeAlias = Literal["text", "chat", "pairs", "preferences"]
 _USUAL = ("text", "content")
 CHATS = ("messages", "conversations", "conversation")  # columns that hold them, by their usual names
 _PAIRS = (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
-_BESIDE = ("input", "context")  # what many sets of pairs have besides, which must not be lost
+_INPUTS = ("input", "context")  # what many sets of pairs have besides, which must not be lost
 _PREFERENCES = ("chosen", "rejected")
 
 
@@ -45,8 +45,8 @@ class Reading:
     def columns(self) -> tuple[str, ...] | None:
         """The columns that are read, of those that a table may have; None: none are known yet."""
         if self.response is not None:
-            return (*self.prompt, self.response, *((self.rejected,) if self.rejected else ()))
-        return None if self.column is None else (self.column, *(("tools",) if self.kind == "chat" else ()))
+            return (*self.prompt, self.response, *((self.rejected, *BESIDE) if self.rejected else ()))
+        return None if self.column is None else (self.column, *(BESIDE if self.kind == "chat" else ()))
 
 
 def choose_reading(rows: Iterable[tuple[str, Any]], reading: Reading) -> Reading:
@@ -63,10 +63,10 @@ def choose_reading(rows: Iterable[tuple[str, Any]], reading: Reading) -> Reading
     if reading.response is not None:
         for where, row in found:
             _check_mapping(where, row)
-            for name in reading.columns or ():
+            for name in (*reading.prompt, reading.response, *([reading.rejected] if reading.rejected else [])):
                 if name not in row:
                     raise UsageError(
-                        f"{where}: no column '{name}'; {_listed(row)}", hint="prompt and response in the domain"
+                        f"{where}: no column '{name}'; {_listed(row)}", hint="name the columns in the domain"
                     )
         return replace(reading, kind="pairs" if reading.rejected is None else "preferences")
     column = choose_column(found, reading.column)
@@ -149,7 +149,7 @@ def _guessed(rows: list[tuple[str, Any]]) -> str:
         )
     for prompt, response in _PAIRS:
         if {prompt, response} <= set(row):
-            beside = [name for name in _BESIDE if name in row]
+            beside = [name for name in _INPUTS if name in row]
             given = f"[{', '.join([prompt, *beside])}]" if beside else prompt
             raise UsageError(
                 f"{where}: the rows are pairs of '{prompt}' and '{response}'; {_listed(row)}",

@@ -18,7 +18,7 @@ _SHAREGPT = {
     "system": "system", "human": "user", "user": "user", "gpt": ANSWERS, "assistant": ANSWERS, "chatgpt": ANSWERS,
     "bing": ANSWERS, "bard": ANSWERS, "model": ANSWERS, "tool": "tool", "function_response": "tool", "observation": "tool",
 }  # fmt: skip
-_TOOLS = "tools"
+_SYSTEM, _TOOLS = BESIDE = ("system", "tools")  # columns that belong to a conversation
 _WEIGHT = "weight"  # of a message: 0 or 1, as in OpenAI's fine-tuning files
 
 
@@ -72,7 +72,7 @@ def conversation(value: Any, row: Mapping[str, Any], column: str, where: object)
     Args:
         value: what the column holds: OpenAI's or ShareGPT's messages, JSON of them, or a mapping of two equally long lists, as old
             Parquet files have them.
-        row: all columns; ``tools`` is handed to the template.
+        row: all columns; ``tools`` is handed to the template, and ``system`` becomes the first message, unless there is one.
         column: the column's name, for messages.
         where: the row's place.
     """
@@ -94,6 +94,9 @@ def conversation(value: Any, row: Mapping[str, Any], column: str, where: object)
             return Broken(f"{where}: message {number} of '{column}' has weight {weight!r}, and only 0 and 1 are known")
         messages.append(message)
         taught.append(message["role"] == ANSWERS and bool(weight))
+    system = row.get(_SYSTEM)
+    if isinstance(system, str) and system.strip() and messages[0]["role"] != _SYSTEM:
+        messages, taught = [{"role": _SYSTEM, "content": system}, *messages], [False, *taught]
     tools = _tools(row.get(_TOOLS))
     if tools is None:
         return Broken(f"{where}: column '{_TOOLS}' is not a list of tools, nor JSON that holds one")
@@ -160,7 +163,8 @@ def preference(
         return Broken(
             f"{where}: '{chosen}' and '{rejected}' answer different conversations, so they cannot be compared"
         )
-    if better.messages[-1].get("content", "").strip() == worse.messages[-1].get("content", "").strip():
+    said = [{**side.messages[-1], "content": side.messages[-1].get("content", "").strip()} for side in sides]
+    if said[0] == said[1]:
         return Broken(f"{where}: the answers in '{chosen}' and '{rejected}' are equal, so there is nothing to prefer")
     last = (*(False for _ in better.messages[:-1]), True)
     return Example(better.messages, where, better.tools, last, worse.messages)
