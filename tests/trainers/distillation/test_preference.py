@@ -117,6 +117,7 @@ def test_a_run_begins_at_the_parent_and_moves_away_from_it(converted: Callable[.
     assert found[-1] < found[0] - 0.05
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("chats", "stage", "message"),
     [

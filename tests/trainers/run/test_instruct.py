@@ -71,7 +71,9 @@ def test_the_loss_is_that_of_the_answers_alone(pico_moe: Model, tmp_path: Path) 
 
 @pytest.mark.long
 def test_a_stopped_run_on_conversations_continues_bit_for_bit(pico_moe: Model, tmp_path: Path) -> None:
-    whole = chat_recipe(pico_moe("mixtral"), tmp_path / "whole", stage={"steps": 4}, length=32)
+    whole = chat_recipe(
+        pico_moe("mixtral"), tmp_path / "whole", stage={"steps": 4, "schedule": {"kind": "constant"}}, length=32
+    )
     run(whole)
     parts = whole.model_copy(update={"output": str(tmp_path / "parts")})
     run(parts.model_copy(update={"stages": [parts.stages[0].model_copy(update={"steps": 2})]}))
