@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from chats import sums, write_chats
 from click.testing import CliRunner
 from encoder_cases import image_encoder, image_folder, text_encoder
 from stand_ins import make_llama_cpp, make_vllm
@@ -46,8 +47,10 @@ SHORTER = (
     ("--calibration", "--calibration-tokens 1024"),
     ("split_50", "--calibration-tokens 1024"),
     ("upcycle compare", "--text check.txt --tokens 512 --out compare.json"),
-    ("upcycle train", "--set length=64 --set global_batch=2 --set micro_batch=1 --set stages.heal.steps=2"),
-    ("upcycle train", "--set stages.heal.tokens=null --set stages.heal.schedule.warmup=0 --set log.validation=0"),
+    ("upcycle train", "--set length=64 --set global_batch=2 --set micro_batch=1 --set log.validation=0"),
+    ("train heal", "--set stages.heal.steps=2 --set stages.heal.tokens=null --set stages.heal.schedule.warmup=0"),
+    ("train instruct", "--set stages.0.steps=2 --set stages.0.tokens=null --set stages.0.schedule.warmup=0"),
+    ("train instruct", "--set data.chat_template=turns"),  # the tokenizer here has no template
     ("upcycle report", "--tokens 64"),
     ("--speed", "--text prose"),
     ("upcycle chat", "--tokens 3"),
@@ -124,6 +127,7 @@ def reader(
         (tmp_path / f"{name}.txt").write_text(content[2000 * i : 2000 * i + 30_000], encoding="utf-8")
     rows = [json.dumps({"text": content[k : k + 800]}) for content in texts for k in range(0, 24_000, 800)]
     (tmp_path / "corpus.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    write_chats(tmp_path / "chat.jsonl", sums(200))
     (tmp_path / "recipe.yaml").write_text("method: sparse_upcycling\nexperts: 4\nrouter: random\n", encoding="utf-8")
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "tests").symlink_to(ROOT / "tests")

@@ -31,6 +31,7 @@ from upcycle.publishing.gguf import GgufExport
 from upcycle.recipe.conversion_recipe import parse_recipe
 from upcycle.registry import DESCRIBED, FAMILIES, METHODS, TARGETS, WRAPPERS, load
 from upcycle.report.data.collect import Wanted
+from upcycle.trainers.run.shown_rows import ShownPart, ShownRow
 from upcycle.verification.engines.verify_with import ServingCheck
 
 ROOT = Path(__file__).parents[2]
@@ -273,6 +274,9 @@ def test_json_keys(
         "compare of a MoE, results": keys_of(CutResult),
         "compare timing": compared["timing"],
         "train": trained.as_dict(),
+        "train --show": {"rows": []},
+        "train --show rows": keys_of(ShownRow),
+        "train --show documents": keys_of(ShownPart),
         "export": exported,
         "report": reported,
         "report summary": reported["summary"],

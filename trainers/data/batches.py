@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from upcycle.errors import EnvironmentFault, UsageError
-from upcycle.files import user_paths
-from upcycle.files.user_paths import user_path
+from upcycle.errors import UsageError
 from upcycle.recipe.conversion_recipe import parse_size
-from upcycle.trainers.data.corpus import Corpus, open_corpus
 from upcycle.trainers.data.domain_mixture import Mixture
-from upcycle.trainers.data.domain_rows import SHARDS_TOGETHER, Cursor, DomainRows
+from upcycle.trainers.data.domain_rows import Cursor, DomainRows
+from upcycle.trainers.data.open_domain import open_domain, open_domain_validation, token_cache, too_long_rule
 from upcycle.trainers.data.packing import PackedRow
-from upcycle.trainers.data.token_shards import Encoder, TokenCache
+from upcycle.trainers.data.token_shards import Encoder
 from upcycle.trainers.data.validation_rows import held_out_documents, validation_rows
-from upcycle.trainers.recipe.data_recipe import DataRecipe, DomainRecipe
+from upcycle.trainers.recipe.data_recipe import DataRecipe
 
 _VERSION = 1  # of the order of rows: a checkpoint of another one cannot be continued
-_LONG_CHECK = 1 << 30  # bytes, about ten seconds' worth: longer checks are announced
 
 
 @dataclass(frozen=True)
@@ -32,25 +28,35 @@ class PackedBatch:
 
     :func:`upcycle.trainers.data.packed_attention.packed_forward` runs a model on it so that documents do not see each other.
 
-    ``ids`` int64 ``[B, L]``; ``mask`` bool ``[B, L]``, the tokens that are targets: no padding, and not the first token of a
-    document or part; ``positions`` int64 ``[B, L]``, 0 at the first token of a document or part and nowhere else; ``domains``
-    the domain of each row.
+    ``ids`` int64 ``[B, L]``; ``mask`` bool ``[B, L]``, the tokens that are targets: no padding, not the first token of a
+    document or part, and of examples only answers; ``positions`` int64 ``[B, L]``, 0 at the first token of a document or part and
+    nowhere else; ``domains`` the domain of each row; ``unpadded`` bool ``[B, L]``, the tokens that are no padding (``None``: targets
+    and first tokens, which are all of text); ``compared`` bool ``[B, L]``, the answers of preferences, which are no targets (``None``:
+    there are none). In a row of preferences, the worse answer's document follows the better one's.
     """
 
     ids: torch.Tensor
     mask: torch.Tensor
     positions: torch.Tensor
     domains: tuple[str, ...]
+    unpadded: torch.Tensor | None = None
+    compared: torch.Tensor | None = None
 
     @property
     def real(self) -> torch.Tensor:
         """Bool ``[B, L]``: all tokens that are not padding, whether or not they are targets."""
-        return self.mask | (self.positions == 0)
+        return self.mask | (self.positions == 0) if self.unpadded is None else self.unpadded
+
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedBatch:
+        """A batch of what ``change`` makes of every tensor, with the same domains."""
+        unpadded, compared = (None if part is None else change(part) for part in (self.unpadded, self.compared))
+        return PackedBatch(
+            change(self.ids), change(self.mask), change(self.positions), self.domains, unpadded, compared
+        )
 
     def flat(self) -> PackedBatch:
         """The same documents in one long row ``[1, B L]``, with the same losses: flash attention needs this."""
-        ids, mask, positions = (part.reshape(1, -1) for part in (self.ids, self.mask, self.positions))
-        return PackedBatch(ids, mask, positions, self.domains)
+        return self.each(lambda part: part.reshape(1, -1))
 
 
 class TokenStream:
@@ -73,6 +79,7 @@ class TokenStream:
         self._mixture, self._facts = mixture, facts
         self._micro_batch, self._rank, self._world_size = micro_batch, rank, world_size
         self._row = 0
+        self._preferences = {domain.name for domain in domains if domain.corpus.kind == "preferences"}
         self._cursors = {name: domain.skip(Cursor(), 0) for name, domain in self._domains.items()}
 
     @property
@@ -116,7 +123,8 @@ class TokenStream:
                 cursor = domain.skip(cursor, 1)
             self._cursors[name] = domain.skip(cursor, int((after == number).sum()))
         self._row += len(drawn)
-        return make_batch([rows[place] for place in range(len(mine))], [names[number] for number in mine])
+        batch = make_batch([rows[place] for place in range(len(mine))], [names[number] for number in mine])
+        return compared_batch(batch, [name in self._preferences for name in batch.domains])
 
     def state(self) -> dict[str, Any]:
         """The position in the global stream, as JSON; the same on every rank."""
@@ -192,23 +200,25 @@ def open_stream(
     Raises:
         UpcycleError: a domain cannot be read or is empty.
     """
-    encoder = Encoder(tokenizer, data.end_of_text)
-    cache = TokenCache(token_cache_folder(data), encoder)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     domains = []
+    examples = {}
     for domain in data.domains:
-        corpus = _corpus(data, domain)
-        held_out = held_out_documents(
-            domain.name, corpus, _validation_corpus(data, domain), cache, data.validation.fraction
-        )
+        corpus = open_domain(data, domain)
+        cache = token_cache(data, domain, corpus, tokenizer)
+        if corpus.kind != "text":
+            examples[domain.name] = cache.encoder.fingerprint
+        files = open_domain_validation(data, domain, corpus)
+        held_out = held_out_documents(domain.name, corpus, files, cache, data.validation.fraction)
         domains.append(
             DomainRows(
                 domain.name, corpus, cache, held_out,
                 length=length, packing=data.packing, padding=padding, seed=seed, turn=rank,
+                too_long=too_long_rule(domain, corpus),
             )
         )  # fmt: skip
     facts = {
-        "tokenizer": encoder.fingerprint,
+        "tokenizer": Encoder(tokenizer, data.end_of_text).fingerprint,
         "length": length,
         "seed": seed,
         "packing": data.packing,
@@ -216,6 +226,7 @@ def open_stream(
         "validation": data.validation.fraction,
         "weights": data.weights,
         "dynamic": data.dynamic.model_dump() if data.dynamic else None,
+        "chat_template": examples or None,  # a fingerprint by domain; None, as if it were not there, where all is text
     }
     return TokenStream(domains, Mixture(data.weights, data.dynamic, seed), facts, micro_batch, rank, world_size)
 
@@ -223,94 +234,51 @@ def open_stream(
 def open_validation(data: DataRecipe, tokenizer: Any, *, length: int) -> dict[str, list[PackedBatch]]:
     """Batches of each domain's held-out documents, in the recipe's order of domains; the same for every seed.
 
+    Of preferences, the better answers are the targets.
+
     If ``validation.fraction`` is 0, only domains with validation files of their own have batches.
 
     Raises:
         UsageError: a fraction is to be held out, but no document falls into it.
     """
-    cache = TokenCache(token_cache_folder(data), Encoder(tokenizer, data.end_of_text))
     found = {}
     for domain in data.domains:
-        files = _validation_corpus(data, domain)
+        trained = open_domain(data, domain)
+        files = open_domain_validation(data, domain, trained)
         if not files and not data.validation.fraction:
             continue
-        corpus = files or _corpus(data, domain)
+        corpus = files or trained
+        cache = token_cache(data, domain, corpus, tokenizer)
         held_out = None if files else held_out_documents(domain.name, corpus, None, cache, data.validation.fraction)
-        rows = validation_rows(domain.name, corpus, cache, held_out, data.validation.tokens, length)
+        rule = too_long_rule(domain, corpus)
+        rows = validation_rows(domain.name, corpus, cache, held_out, data.validation.tokens, length, rule)
         size = data.validation.batch
-        found[domain.name] = [
-            make_batch(part, [domain.name] * len(part))
-            for part in (rows[at : at + size] for at in range(0, len(rows), size))
+        batches = [
+            make_batch(rows[at : at + size], [domain.name] * len(rows[at : at + size]))
+            for at in range(0, len(rows), size)
         ]
+        found[domain.name] = [better_answers(batch) if corpus.kind == "preferences" else batch for batch in batches]
     return found
 
 
 def make_batch(rows: list[PackedRow], domains: list[str]) -> PackedBatch:
-    """A batch of rows, of which each is ids, positions and targets ``[L]``; ``domains`` has one name per row."""
-    ids, positions, targets = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
-    return PackedBatch(ids, targets, positions, tuple(domains))
+    """A batch of rows; ``domains`` has one name per row."""
+    ids, positions, targets, unpadded = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
+    return PackedBatch(ids, targets, positions, tuple(domains), unpadded)
 
 
-def token_cache_folder(data: DataRecipe) -> Path:
-    """The folder in which tokenised text is kept.
-
-    Raises:
-        EnvironmentFault: the recipe names none, and this user has no cache folder that can be written.
-    """
-    if data.cache:
-        return user_path(data.cache)
-    cache = user_paths.cache_folder()
-    if cache is None:
-        raise EnvironmentFault(
-            "there is no folder for tokenised text: neither ~/.cache nor the one for temporary files can be written",
-            hint="set cache: FOLDER in the data, or XDG_CACHE_HOME in the environment",
-        )
-    return cache / "tokens"
+def compared_batch(batch: PackedBatch, preferences: Sequence[bool]) -> PackedBatch:
+    """The same batch, in which answers in rows of ``preferences`` are compared, and no targets."""
+    if not any(preferences):
+        return batch
+    rows = torch.tensor(preferences)[:, None]
+    return replace(batch, mask=batch.mask & ~rows, compared=batch.mask & rows)
 
 
-def check_data(data: DataRecipe, say: Callable[[str], None]) -> None:
-    """Read every row of every file before training begins, and report which column each domain's text is in.
-
-    The result is kept in the cache, so that other ranks and later runs need not read the files again.
-
-    Args:
-        data: the recipe's.
-        say: called with lines and warnings about what was found.
-
-    Raises:
-        UpcycleError: a file cannot be read, is not text, or has a broken row and ``broken_lines`` is ``stop``.
-    """
-    for domain in data.domains:
-        corpora = [corpus for corpus in (_corpus(data, domain), _validation_corpus(data, domain)) if corpus]
-        weight = sum(corpus.weight for corpus in corpora)
-        if weight > _LONG_CHECK:
-            say(f"domain {domain.name}: checking every row of {weight / 1e9:.1f} GB, once")
-        checks = [corpus.check(token_cache_folder(data)) for corpus in corpora]
-        if corpora[0].column is not None and checks[0].documents:
-            say(f"domain {domain.name}: {checks[0].documents:,} rows, whose text is in column '{corpora[0].column}'")
-        for found in checks:
-            if found.empty:
-                say(f"warning: domain {domain.name}: {found.empty:,} rows without text are left out")
-            if found.broken:
-                say(
-                    f"warning: domain {domain.name}: {found.broken:,} rows that cannot be read are left out, "
-                    f"such as {'; '.join(found.first)}"
-                )
-
-
-def _corpus(data: DataRecipe, domain: DomainRecipe) -> Corpus:
-    return _open(data, domain, domain.text, domain.revision)
-
-
-def _validation_corpus(data: DataRecipe, domain: DomainRecipe) -> Corpus | None:
-    return None if domain.validation is None else _open(data, domain, domain.validation, None)
-
-
-def _open(data: DataRecipe, domain: DomainRecipe, texts: list[str], revision: str | None) -> Corpus:
-    size = max(1, parse_size(data.shuffle) // SHARDS_TOGETHER)
-    return open_corpus(
-        texts, domain.column, domain.separator, revision, size, domain.name, data.broken_lines, domain.format
-    )
+def better_answers(batch: PackedBatch) -> PackedBatch:
+    """A batch of preferences with the better answers as targets, by which it is validated."""
+    number = (batch.positions == 0).cumsum(1) - 1
+    return replace(batch, mask=batch.mask & (number % 2 == 0))
 
 
 def _changed_files(domain: str, then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -8,11 +8,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from upcycle.errors import UsageError
-from upcycle.text.reading.columns import Broken, choose_column, text_of
-from upcycle.text.reading.documents import FilePiece, Reading, find_pieces, first_row
+from upcycle.text.reading.columns import CHATS, Reading, RowKind, choose_reading, document_of
+from upcycle.text.reading.conversations import Broken, TextOrExample
+from upcycle.text.reading.documents import FilePiece, find_pieces, first_row
 from upcycle.text.reading.file_kinds import Format
 from upcycle.trainers.data.file_checks import FileCheck, check_file_rows
 
@@ -26,18 +27,23 @@ _BYTES_PER_DOCUMENT = (
 class Corpus(ABC):
     """Documents in shards.
 
-    ``shards`` is their number, or ``None`` for a stream whose length is not known. ``column`` is the one that holds the text,
-    once that is known, or ``None`` for plain text.
+    ``shards`` is their number, or ``None`` for a stream whose length is not known. ``reading`` says how they are read, and, once
+    that is known, in which columns.
     """
 
     shards: int | None
-    column: str | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, reading: Reading | None = None) -> None:
+        self.reading = reading or Reading()
         self.lock = threading.Lock()  # to be held while documents are read: a stream has one position
 
+    @property
+    def kind(self) -> RowKind:
+        """What its documents are: text, or examples out of conversations or pairs."""
+        return self.reading.kind
+
     @abstractmethod
-    def documents(self, shard: int) -> Iterator[str]:
+    def documents(self, shard: int) -> Iterator[TextOrExample]:
         """The documents of a shard in order; none past the end of a stream.
 
         Raises:
@@ -85,13 +91,17 @@ class LocalCorpus(Corpus):
         Raises:
             UsageError: there is no such file, a file is not text, or the files have no such column in common.
         """
-        super().__init__()
         pieces = find_pieces(texts, size, named)
         self._firsts = list({piece.path: piece for piece in reversed(pieces)}.values())[::-1]
         rows = [(str(piece.path), first_row(piece)) for piece in self._firsts]
         tables = [(where, row) for where, row in rows if row is not None]
-        self.column = choose_column(tables, reading.column) if tables else None
-        self._reading = replace(reading, column=self.column)
+        super().__init__(choose_reading(tables, reading) if tables else replace(reading, column=None))
+        plain = next((where for where, row in rows if row is None), None)
+        if plain and (self.kind != "text" or reading.response is not None):
+            raise UsageError(
+                f"{plain} is plain text, without columns, and its domain is one of conversations or pairs",
+                hint="make a domain of its own for plain text",
+            )
         self._shards = _bundled(pieces, size)
         self.shards = len(self._shards)
         self._prints = {piece.path: file_fingerprint(piece.path) for piece in self._firsts}
@@ -99,17 +109,17 @@ class LocalCorpus(Corpus):
     @property
     def weight(self) -> int:
         """See :class:`Corpus`."""
-        return sum(piece.path.stat().st_size for piece in self._firsts if piece.kind not in ("parquet", "demo"))
+        return sum(piece.path.stat().st_size for piece in self._firsts if piece.kind != "demo")
 
     def check(self, cache: Path) -> FileCheck:
         """See :class:`Corpus`."""
         found = FileCheck()
         for piece in self._firsts:
-            key = repr((str(piece.path.resolve()), _modified(piece.path), self._prints[piece.path], self._reading))
-            found += check_file_rows(piece.path, piece.kind, self._reading, cache, key)
+            key = repr((str(piece.path.resolve()), _modified(piece.path), self._prints[piece.path], self.reading))
+            found += check_file_rows(piece.path, piece.kind, self.reading, cache, key)
         return found
 
-    def documents(self, shard: int) -> Iterator[str]:
+    def documents(self, shard: int) -> Iterator[TextOrExample]:
         """See :class:`Corpus`. A file that has changed since it was found is refused."""
         for piece in self._shards[shard]:
             if piece.path.exists() and file_fingerprint(piece.path) != self._prints[piece.path]:
@@ -117,7 +127,7 @@ class LocalCorpus(Corpus):
                     f"the data file {piece.path} changed while it was in use",
                     hint="restore the file, then continue",
                 )
-            yield from piece.documents(self._reading)
+            yield from piece.documents(self.reading)
 
     def key(self, shard: int) -> str:
         """See :class:`Corpus`. Paths and times are part of it, because a fingerprint of samples does not see every change."""
@@ -125,7 +135,7 @@ class LocalCorpus(Corpus):
             (str(p.path.resolve()), _modified(p.path), self._prints[p.path], p.start, p.stop)
             for p in self._shards[shard]
         ]
-        return repr((self._reading, pieces))
+        return repr((self.reading, pieces))
 
     def contents(self) -> dict[str, str]:
         """See :class:`Corpus`."""
@@ -138,14 +148,17 @@ class HubCorpus(Corpus):
     shards = None
 
     def __init__(self, name: str, reading: Reading, revision: str | None, size: int) -> None:
-        super().__init__()
-        self._name, self._reading, self._revision = name, reading, revision
-        self.column = reading.column
+        # What rows hold must be known before any is read, because a run may continue from its cache without a network.
+        kind: RowKind = "chat" if reading.column in CHATS else "text"
+        if reading.response is not None:
+            kind = "pairs" if reading.rejected is None else "preferences"
+        super().__init__(replace(reading, kind=kind))
+        self._name, self._revision, self._key = name, revision, repr(self.reading)
         self._per_shard = max(16, size // _BYTES_PER_DOCUMENT)
         self._rows: Iterator[Any] = iter(())
         self._next = -1  # the shard at whose beginning ``_rows`` stands
 
-    def documents(self, shard: int) -> Iterator[str]:
+    def documents(self, shard: int) -> Iterator[TextOrExample]:
         """See :class:`Corpus`. Shards are read in order from one stream; any other order starts a new one and skips."""
         from upcycle.text.hub_dataset import hub_rows
 
@@ -157,20 +170,29 @@ class HubCorpus(Corpus):
             if row is None:
                 return
             where = f"{self._name}, row {shard * self._per_shard + number}"
-            if self.column is None:
-                self.column = choose_column([(where, row)], None)
-            text = text_of(row, self.column, where)
-            if not isinstance(text, Broken):
-                yield text
-            elif self._reading.broken == "stop":
-                raise UsageError(text.message, hint="set column: NAME in the domain, or broken_lines: skip")
+            if self.reading.columns is None:
+                self.reading = self._chosen(where, row)
+            found = document_of(row, self.reading, where)
+            if not isinstance(found, Broken):
+                yield found
+            elif self.reading.broken == "stop":
+                raise UsageError(found.message, hint="set column: NAME in the domain, or broken_lines: skip")
             else:
                 yield ""  # stands in for the broken row: shards are found by the number of documents before them
         self._next = shard + 1
 
+    def _chosen(self, where: str, row: Any) -> Reading:
+        chosen = choose_reading([(where, row)], self.reading)
+        if chosen.kind != self.kind:
+            raise UsageError(
+                f"{where}: column '{chosen.column}' holds conversations, which a hub dataset's domain must say",
+                hint=f"set column: {chosen.column} in the domain",
+            )
+        return chosen
+
     def key(self, shard: int) -> str:
         """See :class:`Corpus`."""
-        return repr((self._name, self._revision, self._reading, self._per_shard, shard))
+        return repr((self._name, self._revision, self._key, self._per_shard, shard))
 
     def contents(self) -> dict[str, str]:
         """See :class:`Corpus`."""
@@ -182,25 +204,16 @@ class HubCorpus(Corpus):
 
 
 def open_corpus(
-    texts: list[str],
-    column: str | None,
-    separator: str | None,
-    revision: str | None,
-    size: int,
-    domain: str,
-    broken: Literal["stop", "skip"] = "stop",
-    named: Format | None = None,
+    texts: list[str], reading: Reading, revision: str | None, size: int, domain: str, named: Format | None = None
 ) -> Corpus:
     """The corpus of local files, or of the one hub dataset that ``texts`` names.
 
     Args:
-        texts: files, globs, or a dataset.
-        column: the one that holds the text, if it is given.
-        separator: what divides text files into documents.
+        texts: files, globs, folders that ``datasets`` saved, or a dataset.
+        reading: how documents are read from them.
         revision: of a hub dataset.
         size: bytes per shard.
         domain: what errors call it.
-        broken: what to do about rows that cannot be read.
         named: the format of all files; ``None``: by their endings.
 
     Raises:
@@ -208,7 +221,6 @@ def open_corpus(
     """
     from upcycle.text.hub_dataset import is_dataset
 
-    reading = Reading(column, separator, broken)
     hub = [name for name in texts if is_dataset(name)]
     if not hub:
         if revision:

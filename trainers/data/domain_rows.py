@@ -16,8 +16,10 @@ from upcycle.errors import UpcycleError, UsageError
 from upcycle.trainers.data.corpus import Corpus
 from upcycle.trainers.data.keyed_random import permutation
 from upcycle.trainers.data.packing import PackedRow, Rows, layout, pack_documents
+from upcycle.trainers.data.token_codes import decoded
 from upcycle.trainers.data.token_shards import Hashes, TokenCache, TokenShard
-from upcycle.trainers.recipe.data_recipe import Packing
+from upcycle.trainers.data.too_long import fitted
+from upcycle.trainers.recipe.data_recipe import Packing, TooLong
 
 SHARDS_TOGETHER = 8  # shards in a block, whose documents are shuffled together
 
@@ -78,11 +80,13 @@ class DomainRows:
         padding: int,
         seed: int,
         turn: int = 0,
+        too_long: TooLong = "split",
     ) -> None:
         """``turn``: the shard of a block at which tokenising begins. Ranks begin at different ones, to share the work."""
         self.name, self.corpus = name, corpus
         self._cache, self._held_out = cache, held_out
         self._length, self._packing, self._padding, self._seed, self._turn = length, packing, padding, seed, turn
+        self._too_long = too_long
         self._blocks: dict[tuple[int, int], _Block | None] = {}
         self._ahead: threading.Thread | None = None
 
@@ -111,7 +115,7 @@ class DomainRows:
                 number += 1
 
     def row(self, cursor: Cursor) -> PackedRow:
-        """Ids, positions and targets, ``[L]`` each, of the row at a position that :meth:`skip` returned."""
+        """The row at a position that :meth:`skip` returned."""
         block = self._block(cursor.epoch, cursor.block)
         assert block is not None
         return read_row(
@@ -164,6 +168,8 @@ class DomainRows:
         shard = np.repeat(np.arange(len(shards)), [len(k) for k in kept])
         begin = np.concatenate([(np.cumsum(s.lengths) - s.lengths)[k] for s, k in zip(shards, kept, strict=True)])
         lengths = np.concatenate([s.lengths[k] for s, k in zip(shards, kept, strict=True)])
+        fit = fitted(shards, shard, begin, lengths, self._length, self._too_long)
+        shard, begin, lengths = shard[fit.kept], fit.begin, fit.length
         order = permutation(len(lengths), *key, "documents")
         rows = pack_documents(lengths[order], self._length, self._packing)
         return _Block(shards, shard[order], begin[order], rows, permutation(len(rows), *key, "rows"))
@@ -186,7 +192,7 @@ class DomainRows:
 def read_row(
     shards: list[TokenShard], shard: Any, begin: Any, rows: Rows, number: int, length: int, padding: int
 ) -> PackedRow:
-    """Ids, positions and targets of one packed row, ``[L]`` each.
+    """Ids, positions, targets and tokens that are no padding, of one packed row, ``[L]`` each.
 
     Args:
         shards: where the documents' tokens are.
@@ -204,5 +210,9 @@ def read_row(
     for document, start, size in zip(documents, begin[documents] + starts, lengths, strict=True):
         ids[at : at + size] = shards[shard[document]].tokens[start : start + size]
         at += size
+    ids, learned, begins = decoded(ids)
+    if begins.any():
+        starts = np.union1d(np.cumsum(lengths) - lengths, np.flatnonzero(begins))
+        lengths = np.diff(np.append(starts, at))
     positions, targets = layout(lengths, length)
-    return ids, positions, targets
+    return ids, positions, targets & learned, np.arange(length) < at

@@ -9,21 +9,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from upcycle.errors import CheckpointError, EnvironmentFault, UsageError
 from upcycle.files.formats.parsing import read_json
 from upcycle.files.output.locks import one_at_a_time
-from upcycle.text.reading.documents import FilePiece, Reading
+from upcycle.text.reading.columns import Reading
+from upcycle.text.reading.compressed import opened
+from upcycle.text.reading.conversations import Broken, is_blank
+from upcycle.text.reading.documents import whole_piece
 from upcycle.text.reading.file_kinds import FileKind
 
-_VERSION = "1"
+_VERSION = "2"
 _SHOWN = 3  # broken rows that are named, at most
 _BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
 class FileCheck:
-    """Numbers of rows with text, without, and that cannot be read; ``first`` has messages on the first of these."""
+    """Numbers of rows with something to learn, without, and that cannot be read; ``first`` has messages on the first of these."""
 
     documents: int = 0
     empty: int = 0
@@ -33,6 +37,9 @@ class FileCheck:
     def __add__(self, other: FileCheck) -> FileCheck:
         first = (self.first + other.first)[:_SHOWN]
         return FileCheck(self.documents + other.documents, self.empty + other.empty, self.broken + other.broken, first)
+
+
+NOTHING = FileCheck()
 
 
 def check_file_rows(path: Path, kind: FileKind, reading: Reading, cache: Path, key: str) -> FileCheck:
@@ -49,8 +56,7 @@ def check_file_rows(path: Path, kind: FileKind, reading: Reading, cache: Path, k
         UsageError: a row is broken and ``reading`` does not skip such rows, or the file is not UTF-8 text.
         EnvironmentFault: the file cannot be read, or the cache cannot be written.
     """
-    # The columns of Parquet files were checked when they were opened, and embedded texts are known to be right.
-    if kind in ("parquet", "demo"):
+    if kind == "demo":  # known to be right
         return FileCheck()
     stem = cache / "checked" / hashlib.sha256(f"{_VERSION} {key}".encode()).hexdigest()[:32]
     with _alone(stem.with_suffix(".lock"), cache):
@@ -66,35 +72,40 @@ def check_file_rows(path: Path, kind: FileKind, reading: Reading, cache: Path, k
         return found
 
 
+def refused_row(row: Broken, broken: Literal["stop", "skip"]) -> FileCheck:
+    """A row that cannot be trained on, as a part of a check.
+
+    Raises:
+        UsageError: such rows are not skipped.
+    """
+    if broken == "stop":
+        raise UsageError(row.message, hint="mend or remove it, or skip such rows: set broken_lines: skip in the data")
+    return FileCheck(broken=1, first=[row.message])
+
+
 def _look(path: Path, kind: FileKind, reading: Reading) -> FileCheck:
     try:
-        size = path.stat().st_size
         if kind == "text":
             _check_utf8(path)
             return FileCheck(documents=1)
+        piece = whole_piece(path, kind)
     except OSError as error:
         raise EnvironmentFault(f"the data file {path} cannot be read: {error.strerror or error}") from None
-    documents = empty = broken = 0
-    first: list[str] = []
-    for row in FilePiece(path, kind, 0, size, size).records(reading):
-        if isinstance(row, str):
-            documents += bool(row.strip())
-            empty += not row.strip()
-            continue
-        if reading.broken == "stop":
-            raise UsageError(
-                row.message,
-                hint="mend or remove it, or skip such rows: set broken_lines: skip in the data",
-            )
-        broken += 1
-        if len(first) < _SHOWN:
-            first.append(row.message)
-    return FileCheck(documents, empty, broken, first)
+    documents = empty = 0
+    refused = FileCheck()
+    for row in piece.records(reading):
+        if isinstance(row, Broken):
+            refused += refused_row(row, reading.broken)
+        elif is_blank(row):
+            empty += 1
+        else:
+            documents += 1
+    return FileCheck(documents, empty) + refused
 
 
 def _check_utf8(path: Path) -> None:
     decoder, read = codecs.getincrementaldecoder("utf-8")(), 0
-    with path.open("rb") as file:
+    with opened(path) as file:
         while True:
             block = file.read(_BLOCK)
             try:

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from upcycle.trainers.recipe.data_recipe import Packing
 
 Int64 = NDArray[np.int64]
-PackedRow = tuple[Int64, Int64, NDArray[np.bool_]]  # ids, positions and targets of one row, [L] each
+# Ids, positions, targets, and which positions hold a token, of one row; [L] each.
+PackedRow = tuple[Int64, Int64, NDArray[np.bool_], NDArray[np.bool_]]
 
 
 @dataclass(frozen=True)

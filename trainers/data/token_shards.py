@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -16,8 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from upcycle.errors import EnvironmentFault, UsageError
+from upcycle.files.formats.parsing import parse_json
 from upcycle.files.output.locks import one_at_a_time
+from upcycle.text.reading.conversations import Broken, TextOrExample, content_of, is_blank
 from upcycle.trainers.data.corpus import Corpus
+from upcycle.trainers.data.file_checks import NOTHING, FileCheck, refused_row
 from upcycle.trainers.data.packing import Int64
 
 _FORMAT = "1"  # part of every key: raise it, and older shards are not read
@@ -31,11 +35,12 @@ Hashes = NDArray[np.uint64]
 class TokenShard:
     """A shard of tokenised documents, one after another. N documents, T tokens."""
 
-    tokens: Int32  # [T], mapped from the file
+    tokens: Int32  # [T], mapped from the file; coded as token_codes.py says
     lengths: Int64  # [N]
     hashes: Hashes  # [N], of the documents' texts
     digest: str  # of ids and lengths
     last: bool  # whether it is the last one of a stream
+    check: FileCheck = NOTHING  # of examples: how many were kept, had no answer to learn, or could not be encoded
 
 
 class Encoder:
@@ -62,9 +67,9 @@ class Encoder:
         content = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
         self.fingerprint = hashlib.sha256(repr((_FORMAT, content, self._head, self._tail)).encode()).hexdigest()[:16]
 
-    def __call__(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each document."""
-        ids = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    def encode(self, documents: Sequence[TextOrExample]) -> list[list[int] | Broken]:
+        """Ids of each document, none where nothing of it is learned, or why it cannot be trained on."""
+        ids = self._tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
         return [[*self._head, *row, *self._tail] for row in ids]
 
 
@@ -72,7 +77,7 @@ class TokenCache:
     """A folder of shards. The index of a shard is written last, so that a killed run leaves none that looks complete."""
 
     def __init__(self, folder: Path, encoder: Encoder) -> None:
-        self._folder, self._encoder = folder, encoder
+        self._folder, self.encoder = folder, encoder
 
     def shard(self, corpus: Corpus, number: int) -> TokenShard:
         """A shard of ``corpus``: from the cache, or tokenised now, or as soon as another process has tokenised it.
@@ -80,7 +85,7 @@ class TokenCache:
         Raises:
             UpcycleError: the documents cannot be read, or the cache cannot be written.
         """
-        key = hashlib.sha256(f"{self._encoder.fingerprint} {corpus.key(number)}".encode()).hexdigest()[:32]
+        key = hashlib.sha256(f"{self.encoder.fingerprint} {corpus.key(number)}".encode()).hexdigest()[:32]
         stem = self._folder / key[:2] / key
         found = _read(stem)
         if found:
@@ -107,16 +112,25 @@ class TokenCache:
     def _write(self, corpus: Corpus, number: int, stem: Path) -> None:
         lengths: list[int] = []
         hashes: list[int] = []
+        check = FileCheck()
         digest, read = hashlib.sha256(), 0
         # The name is this process's own: where files cannot be locked, two may write the same shard.
         temporary = stem.with_name(f"{stem.name}.{os.getpid()}.tokens.tmp")
         with temporary.open("wb") as file:
             for batch in _batches(corpus.documents(number)):
                 read += len(batch)
-                texts = [text for text in batch if text.strip()]
-                rows = self._encoder(texts) if texts else []
+                documents = [document for document in batch if not is_blank(document)]
+                encoded = zip(documents, self.encoder.encode(documents) if documents else [], strict=True)
+                rows: list[list[int]] = []
+                for document, row in encoded:
+                    if isinstance(row, Broken):
+                        check += refused_row(row, corpus.reading.broken)
+                    elif row:
+                        rows.append(row)
+                        hashes.append(document_hash(content_of(document)))
+                    else:
+                        check += FileCheck(empty=1)
                 lengths += map(len, rows)
-                hashes += map(document_hash, texts)
                 block = np.fromiter(chain.from_iterable(rows), np.int32)
                 digest.update(block.data)
                 file.write(block.data)
@@ -124,7 +138,12 @@ class TokenCache:
         counts = np.array(lengths, np.int64)
         digest.update(counts.data)
         index = {"lengths": counts, "hashes": np.array(hashes, np.uint64)}
-        facts = {"digest": digest.hexdigest()[:16], "last": str(not corpus.full(read))}
+        check += FileCheck(documents=len(lengths))
+        facts = {
+            "digest": digest.hexdigest()[:16],
+            "last": str(not corpus.full(read)),
+            "check": json.dumps(vars(check)),
+        }
         unfinished = stem.with_name(f"{stem.name}.{os.getpid()}.tmp")
         save_file(index, unfinished, metadata=facts)
         unfinished.rename(stem.with_suffix(".safetensors"))
@@ -147,16 +166,17 @@ def _read(stem: Path) -> TokenShard | None:
     except (FileNotFoundError, SafetensorError):
         return None
     tokens = np.memmap(ids, np.int32, "r") if total else np.empty(0, np.int32)
-    return TokenShard(tokens, lengths, hashes, facts["digest"], facts["last"] == "True")
+    check = FileCheck(**parse_json(facts["check"], str(index))) if "check" in facts else NOTHING
+    return TokenShard(tokens, lengths, hashes, facts["digest"], facts["last"] == "True", check)
 
 
-def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
+def _batches(documents: Iterator[TextOrExample]) -> Iterator[list[TextOrExample]]:
     """Documents in groups of about ``_TOGETHER`` characters."""
-    batch: list[str] = []
+    batch: list[TextOrExample] = []
     size = 0
     for document in documents:
         batch.append(document)
-        size += len(document)
+        size += len(content_of(document))
         if size >= _TOGETHER:
             yield batch
             batch, size = [], 0

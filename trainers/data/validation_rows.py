@@ -13,6 +13,8 @@ from upcycle.trainers.data.corpus import Corpus
 from upcycle.trainers.data.domain_rows import SHARDS_TOGETHER, HeldOut, read_row
 from upcycle.trainers.data.packing import PackedRow, pack_documents
 from upcycle.trainers.data.token_shards import Hashes, TokenCache, TokenShard
+from upcycle.trainers.data.too_long import fitted
+from upcycle.trainers.recipe.data_recipe import TooLong
 
 _NO_HASHES = np.empty(0, np.uint64)
 
@@ -68,9 +70,18 @@ def held_out_documents(
 
 
 def validation_rows(
-    domain: str, corpus: Corpus, cache: TokenCache, held_out: HeldOut | None, tokens: int, length: int
+    domain: str,
+    corpus: Corpus,
+    cache: TokenCache,
+    held_out: HeldOut | None,
+    tokens: int,
+    length: int,
+    too_long: TooLong = "split",
 ) -> list[PackedRow]:
-    """Rows of a domain's first ``tokens`` held-out tokens; the last row may be padded.
+    """Rows of a domain's first ``tokens`` held-out tokens, of which some may be padded.
+
+    Text is cut at the end of rows. Examples stay whole, and so do documents under another rule than ``split``: the one in which
+    the tokens are enough is the last.
 
     Args:
         domain: what errors call it.
@@ -79,25 +90,33 @@ def validation_rows(
         held_out: which of them are held out; ``None``: all.
         tokens: how many to take, at most.
         length: tokens per row.
+        too_long: what becomes of documents longer than a row.
 
     Raises:
         UsageError: no document is held out.
     """
     shards: list[TokenShard] = []
     chosen, begins, lengths = [], [], []
-    have = documents = 0
+    have = documents = lost = 0
     for shard in _shards(corpus, cache):
         of_shard = np.flatnonzero(held_out.chosen(shard.hashes)) if held_out else np.arange(len(shard.hashes))
-        wanted = np.cumsum(shard.lengths[of_shard]) - shard.lengths[of_shard] < tokens - have
-        of_shard = of_shard[wanted]
         documents += len(shard.hashes)
-        have += int(shard.lengths[of_shard].sum())
-        chosen.append(np.full(len(of_shard), len(shards)))
-        begins.append((np.cumsum(shard.lengths) - shard.lengths)[of_shard])
-        lengths.append(shard.lengths[of_shard])
+        begin, size = (np.cumsum(shard.lengths) - shard.lengths)[of_shard], shard.lengths[of_shard]
+        fit = fitted([shard], np.zeros(len(of_shard), np.int64), begin, size, length, too_long)
+        lost += fit.dropped + fit.emptied
+        wanted = np.cumsum(fit.length) - fit.length < tokens - have
+        have += int(fit.length[wanted].sum())
+        chosen.append(np.full(int(wanted.sum()), len(shards)))
+        begins.append(fit.begin[wanted])
+        lengths.append(fit.length[wanted])
         shards.append(shard)
         if have >= tokens:
             break
+    if not have and lost:
+        raise UsageError(
+            f"domain '{domain}': {lost} examples are held out, and none has an answer in a row of {length} tokens",
+            hint="raise length, or choose another too_long in the domain",
+        )
     if not have:
         share = f"falls into the held-out fraction {held_out.fraction:g}" if held_out else "has any text"
         raise UsageError(
@@ -105,9 +124,11 @@ def validation_rows(
             hint="raise validation.fraction, give it a separator that divides its files, or files to validate on: validation: [FILE]",
         )
     size = np.concatenate(lengths)
-    last = tokens - int(size[:-1].sum())  # the last document is cut where the tokens are enough
-    size[-1] = min(int(size[-1]), last)
-    rows = pack_documents(size, length, "concatenate")
+    if too_long == "split":
+        last = tokens - int(size[:-1].sum())  # the last document is cut where the tokens are enough
+        size[-1] = min(int(size[-1]), last)
+    whole = too_long != "split" or corpus.kind != "text"
+    rows = pack_documents(size, length, "best_fit" if whole else "concatenate")
     return [
         read_row(shards, np.concatenate(chosen), np.concatenate(begins), rows, number, length, 0)
         for number in range(len(rows))

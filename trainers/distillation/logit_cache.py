@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,5 +128,4 @@ def joined_rows(rows: Sequence[TopLogits]) -> TopLogits:
 
 def _one(batch: PackedBatch, row: int) -> PackedBatch:
     """One row of a batch, as a batch."""
-    which = slice(row, row + 1)
-    return PackedBatch(batch.ids[which], batch.mask[which], batch.positions[which], batch.domains[which])
+    return replace(batch.each(lambda part: part[row : row + 1]), domains=batch.domains[row : row + 1])

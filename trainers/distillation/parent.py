@@ -54,7 +54,7 @@ class Parent:
         return parent_sizes(self.recipe, layer_outputs(self.outputs.take()), batch.mask)
 
     def targets(self, batch: PackedBatch) -> torch.Tensor | TopLogits:
-        """What the student's logits are compared with at all positions but the last: ``[B, L - 1, V]``, or cached ones."""
+        """What the student's logits are compared with: ``[B, L, V]``, or cached ones of all positions but the last."""
         if self.cache is not None:
             return self.cache.targets(batch, self.logits)
-        return self.logits(batch)[:, :-1]
+        return self.logits(batch)

@@ -12,6 +12,7 @@ from upcycle.recipe.conversion_recipe import parse_size
 from upcycle.text.reading.file_kinds import Format
 
 Packing: TypeAlias = Literal["best_fit", "concatenate", "alone"]
+TooLong: TypeAlias = Literal["split", "keep_start", "keep_end", "drop"]
 
 
 def _list(value: Any) -> Any:
@@ -24,8 +25,8 @@ class DomainRecipe(StrictSettings):
     name: str = Field(min_length=1, description="its name in reports and weights")
     text: list[str] = Field(
         min_length=1,
-        description="files or globs (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, else UTF-8 text), demo, or one hub dataset "
-        "org/name[:config[:split]]",
+        description="files or globs (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, else UTF-8 text; also .gz and .zst), "
+        "folders of datasets' save_to_disk, demo, or one hub dataset org/name[:config[:split]]",
     )
     weight: float | None = Field(
         None,
@@ -35,10 +36,36 @@ class DomainRecipe(StrictSettings):
     )
     column: str | None = Field(
         None,
-        description="the column that holds the text, in every file (left out: text, content, or the only column of strings)",
+        description="the column that holds the text or the conversation, in every file (left out: text, content, messages, "
+        "conversations, or the only column of strings)",
+    )
+    prompt: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="of pairs: the column of the prompt, or several, joined by empty lines where they are not blank",
+    )
+    response: str | None = Field(None, description="of pairs: the column of the response")
+    chosen: str | None = Field(
+        None,
+        description="of preferences: the column of the better answer: a conversation that ends with it, or, with prompt, it alone",
+    )
+    rejected: str | None = Field(None, description="of preferences: the column of the worse answer")
+    joined: Literal["template", "plain"] = Field(
+        "template",
+        description="of pairs: template writes them as a question and its answer; plain puts one after the other as they stand",
+    )
+    loss_on: Literal["answers", "all"] | None = Field(
+        None,
+        description="the tokens that are learned: of answers, or all (left out: answers of conversations and pairs, all of text)",
+    )
+    too_long: TooLong | None = Field(
+        None,
+        description="a document longer than a row is split into several rows, or keeps only its start or its end, or is dropped "
+        "(left out: split for text, keep_start for conversations and pairs)",
     )
     format: Format | None = Field(
-        None, description="format of all its files: text, jsonl, json, csv, tsv or parquet (left out: by their endings)"
+        None,
+        description="format of all its files: text, jsonl, json, csv, tsv, parquet or arrow (left out: by their endings)",
     )
     separator: str | None = Field(
         None,
@@ -50,10 +77,30 @@ class DomainRecipe(StrictSettings):
         None, min_length=1, description="files to validate on, instead of holding out a fraction of the documents"
     )
 
-    @field_validator("text", "validation", mode="before")
+    @field_validator("text", "validation", "prompt", mode="before")
     @classmethod
     def _several(cls, value: Any) -> Any:
         return _list(value)
+
+    @model_validator(mode="after")
+    def _columns(self) -> DomainRecipe:
+        if (self.chosen is None) != (self.rejected is None):
+            raise ValueError("chosen and rejected name the columns of preferences; give both")
+        if self.chosen is not None:
+            if self.response is not None or self.column is not None:
+                raise ValueError("column and response are not for preferences, whose columns are chosen and rejected")
+            if self.loss_on == "all" or self.too_long not in (None, "drop"):
+                raise ValueError("preferences compare whole answers: loss_on is answers, and too_long is drop")
+        elif (self.prompt is None) != (self.response is None):
+            given, missing = ("prompt", "response") if self.prompt else ("response", "prompt")
+            raise ValueError(f"{given} names a column of pairs, and {missing} none; give both")
+        if self.response is not None and self.column is not None:
+            raise ValueError(
+                "column is for text and conversations, prompt and response are for pairs; give one or the other"
+            )
+        if self.joined == "plain" and self.response is None and not (self.chosen and self.prompt):
+            raise ValueError("joined is for pairs; give the columns prompt and response")
+        return self
 
 
 class ValidationSplit(StrictSettings):
@@ -104,6 +151,11 @@ class DataRecipe(StrictSettings):
     broken_lines: Literal["stop", "skip"] = Field(
         "stop",
         description="what to do about rows that cannot be read: stop before the first step, or skip them and report how many",
+    )
+    chat_template: str | None = Field(
+        None,
+        description="how conversations become text: a file with a Jinja template, or turns or chatml, two that come with upcycle; the "
+        "exported model keeps it (left out: the tokenizer's own)",
     )
     cache: str | None = Field(
         None, description="folder for tokenised text (left out: upcycle/tokens in XDG_CACHE_HOME or ~/.cache)"

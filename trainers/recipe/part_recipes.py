@@ -110,6 +110,12 @@ class DistillationParameters(PluginParameters):
     hidden: float = Field(0.0, ge=0, description="weight of the relative squared error of every layer's output")
     ffn: float = Field(0.0, ge=0, description="weight of the relative squared error of every FFN's output")
     next_token: float = Field(1.0, ge=0, description="weight of the usual next-token loss")
+    preference: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the loss that prefers better answers by more than the parent does (LLaVA-MoD, DPO)",
+    )
+    beta: float = Field(0.1, gt=0, description="of preference: how much a difference of log probabilities counts")
 
 
 class ExpertTargetParameters(PluginParameters):

@@ -100,7 +100,7 @@ class DistillationRecipe(DistillationParameters, ExpertTargetParameters):
     def _cacheable(self) -> DistillationRecipe:
         if self.cache is None:
             return self
-        live = [*(name for name in ("hidden", "ffn") if getattr(self, name)), *self.taught]
+        live = [*(name for name in ("hidden", "ffn", "preference") if getattr(self, name)), *self.taught]
         if live:
             raise ValueError(f"a cache holds only next-token distributions, and {live[0]} needs the running parent")
         if self.temperature != 1:

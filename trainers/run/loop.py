@@ -23,7 +23,10 @@ from upcycle.notebook import HtmlShown
 from upcycle.trainers.checkpoints.prepare_model import check_parent_tokens, parent_folder, save_config, tokenizer_of
 from upcycle.trainers.checkpoints.read import SavedRun, open_checkpoint
 from upcycle.trainers.checkpoints.write import save
-from upcycle.trainers.data.batches import PackedBatch, check_data
+from upcycle.trainers.data.batches import PackedBatch
+from upcycle.trainers.data.chat_templates import kept_template
+from upcycle.trainers.data.data_check import check_data
+from upcycle.trainers.distillation.preference import check_preferences
 from upcycle.trainers.distributed.ranks import Ranks, first_rank, process_group
 from upcycle.trainers.distributed.signals import StopSignals
 from upcycle.trainers.forecast.flops import measured_peak
@@ -127,12 +130,16 @@ class _Run:
 
     def _check_inputs(self) -> None:
         """Read all data and find all parents, of later stages too, so that what is missing is refused before the first step."""
-        checked: list[DataRecipe] = []
+        checked: list[tuple[DataRecipe, list[str]]] = []
+        every = [stage.data or self.recipe.data for stage in self.recipe.stages]
+        self.template = kept_template(self.tokenizer, (data.chat_template for data in every))
         for stage in self.recipe.stages:
             data = stage.data or self.recipe.data
-            if data not in checked:
-                check_data(data, self.say)
-                checked.append(data)
+            preferences = next((found for before, found in checked if before == data), None)
+            if preferences is None:
+                preferences = check_data(data, self.tokenizer, self.recipe.length, self.say, self.ranks.rank)
+                checked.append((data, preferences))
+            check_preferences(stage, preferences)
             parents = {reference_parent(data, self.origin)}
             if stage.distillation:
                 parents.add(parent_folder(stage.distillation.parent, self.origin))
@@ -192,7 +199,14 @@ class _Run:
         if not self.begun:
             self.begun = True
             self.progress.reports = open_run(
-                self.recipe, self.folder, self.origin, self.ranks, self.restart, self.say, self.progress.step
+                self.recipe,
+                self.folder,
+                self.origin,
+                self.ranks,
+                self.restart,
+                self.say,
+                self.progress.step,
+                self.template,
             )
             self.progress.record_changes(self.changes)
 

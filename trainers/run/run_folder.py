@@ -28,6 +28,7 @@ from upcycle.progress import Progress
 from upcycle.trainers.checkpoints.prepare_model import collect_small_files
 from upcycle.trainers.checkpoints.write import put_aside, remove_unfinished
 from upcycle.trainers.data.batches import PackedBatch
+from upcycle.trainers.data.chat_templates import CHAT_TEMPLATE_FILE
 from upcycle.trainers.distributed.ranks import Ranks
 from upcycle.trainers.recipe.training_recipe import TrainRecipe
 from upcycle.trainers.run.run_start import faults_together
@@ -115,6 +116,7 @@ def open_run(
     restart: bool,
     say: Callable[[str], None],
     step: int,
+    template: str | None = None,
 ) -> Reports | None:
     """Make the folder this run's: write its mark, its recipe, its log and the small files that every checkpoint contains.
 
@@ -129,6 +131,7 @@ def open_run(
         restart: whether the run begins again from its first step.
         say: called with each line that the reports print.
         step: the step that the run continues from.
+        template: the chat template that the recipe names, which becomes the model's.
 
     Returns:
         The reports on the first rank, ``None`` on the others.
@@ -149,6 +152,8 @@ def open_run(
                     half.unlink()
             shutil.rmtree(small_files(folder), ignore_errors=True)
             collect_small_files(origin, small_files(folder))
+            if template is not None:
+                write_text_whole(small_files(folder) / CHAT_TEMPLATE_FILE, template)
             write_text_whole(folder / RECIPE_FILE, recipe.dump())
     return reports
 

@@ -26,6 +26,7 @@ from upcycle.trainers.distillation.losses import (
     parent_sizes,
 )
 from upcycle.trainers.distillation.parent import Parent
+from upcycle.trainers.distillation.preference import pairs_in, preference_losses
 from upcycle.trainers.distributed.ranks import Ranks
 from upcycle.trainers.distributed.reduction import Reduction
 from upcycle.trainers.losses.base import Loss, Means, WholeBatch, auxiliary_losses, loss_terms, make_losses
@@ -81,6 +82,7 @@ class Stepper:
         self.outputs: Recorder[OutputRecord] | None = None
         self.seed = 0  # of the step that is being taken; the same on every rank
         self._batch_totals = _BatchTotals(ranks.reduction, ranks.world_size)  # of the step that is being taken
+        self._pair_weight = 1.0  # what makes sums over a pass's preferences the mean over all of the step
 
     def attach(self) -> None:
         """Record from now on what the stage's losses read.
@@ -132,10 +134,12 @@ class Stepper:
             progress: the fraction of the stage that is done, for losses that ramp up.
         """
         on_this_rank = sum(int(batch.mask[:, 1:].sum()) for batch in batches)
-        targets = max(1, int(self.ranks.sums(on_this_rank)[0]))
+        targets, pairs = map(int, self.ranks.sums(on_this_rank, sum(map(pairs_in, batches))))
+        targets = max(1, targets)
         # DeepSpeed averages gradients over ranks and passes. This factor makes that the mean over all targets.
         weight = self.ranks.world_size * len(batches) / targets
         self._batch_totals = self._totals(engine, batches)
+        self._pair_weight = self.ranks.world_size * len(batches) / max(1, pairs)
         sums = PassSums(len(batches))
         norm = math.nan
         for number, batch in enumerate(batches):
@@ -240,11 +244,16 @@ class Stepper:
         self, parent: Parent, logits: torch.Tensor, batch: PackedBatch, weight: float
     ) -> dict[str, torch.Tensor]:
         """The stage's distillation losses by name, weighted; all read the same forward pass of the parent."""
-        wanted, mask = parent.targets(batch), batch.mask[:, 1:]
+        whole, mask = parent.targets(batch), batch.mask[:, 1:]
+        wanted = whole[:, :-1] if isinstance(whole, torch.Tensor) else whole
         found: dict[str, torch.Tensor] = {}
         if parent.recipe.logits:
             mean = logits_kl(logits[:, :-1], wanted, mask, parent.recipe.temperature)
             found["kl"] = parent.recipe.logits * mean * mask.sum() * weight
+        if parent.recipe.preference and pairs_in(batch):
+            assert isinstance(whole, torch.Tensor)
+            losses_of_pairs = preference_losses(logits, whole, batch, parent.recipe.beta)
+            found["preference"] = parent.recipe.preference * losses_of_pairs.sum() * self._pair_weight
         if self.outputs is not None and parent.outputs is not None:
             student, dense = layer_outputs(self.outputs.take()), layer_outputs(parent.outputs.take())
             sizes = self._batch_totals.sizes

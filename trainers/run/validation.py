@@ -54,4 +54,4 @@ def on_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
     """The same batch on ``device``."""
     if device.type == "cpu":
         return batch
-    return PackedBatch(batch.ids.to(device), batch.mask.to(device), batch.positions.to(device), batch.domains)
+    return batch.each(lambda part: part.to(device))

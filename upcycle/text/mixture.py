@@ -14,8 +14,9 @@ from upcycle.errors import UsageError
 from upcycle.files.user_paths import user_path
 from upcycle.text.held_out import Parts, by_document, by_position, sketch
 from upcycle.text.hub_dataset import hub_rows, is_dataset
-from upcycle.text.reading.columns import Broken
-from upcycle.text.reading.documents import Reading, find_pieces
+from upcycle.text.reading.columns import Reading
+from upcycle.text.reading.conversations import Broken
+from upcycle.text.reading.documents import find_pieces
 from upcycle.text.reading.file_kinds import file_kind
 from upcycle.text.reading.plain_text import DEMO_TEXTS, EVERYDAY, SELF_WRITTEN, read_text
 from upcycle.text.windows import encode
@@ -162,7 +163,7 @@ def _rows(path: Path, column: str) -> Iterator[str]:
         for row in piece.records(Reading(column)):
             if isinstance(row, Broken):
                 raise UsageError(row.message, hint="--set calibration.column=NAME")
-            if row.strip():
+            if isinstance(row, str) and row.strip():
                 yield row
 
 

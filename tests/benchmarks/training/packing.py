@@ -22,7 +22,7 @@ import numpy as np
 
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.files.locate import DEMO_FOLDER
-from upcycle.text.reading.documents import Reading
+from upcycle.text.reading.columns import Reading
 from upcycle.trainers.data.batches import open_stream
 from upcycle.trainers.data.corpus import LocalCorpus
 from upcycle.trainers.data.keyed_random import permutation

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chats import messages, write_chats
 from click.testing import CliRunner
 from training_runs import recipe_for
 
 from upcycle.cli.main import cli, main
+from upcycle.cli.reference.json_page import JSON_KEYS
 from upcycle.cli.verbs.train import _without
 
 
@@ -38,6 +40,51 @@ def test_train_then_export(recipe: Path, tmp_path: Path) -> None:
     assert again.exit_code == 0  # nothing is left to do
     assert "2 steps" in again.stdout
     assert not again.stderr
+
+
+@pytest.fixture
+def chats(pico: Callable[[str], Path], tmp_path: Path) -> list[str]:
+    """The words of a command that shows twelve rows of conversations."""
+    data = write_chats(tmp_path / "chat.jsonl", [messages("Say \x1b[31mred", f"red\n{n}") for n in range(40)])
+    words = ["train", "instruct", "--model", str(pico("llama")), "--output", str(tmp_path / "run"), "--show", "12"]
+    sets = {"data": data, "data.chat_template": "turns", "data.cache": tmp_path / "cache", "length": 64}
+    return [*words, *(word for key, value in sets.items() for word in ("--set", f"{key}={value}"))]
+
+
+def test_rows_are_shown_as_they_are_trained_on(chats: list[str], tmp_path: Path) -> None:
+    shown = CliRunner().invoke(cli, chats)
+    assert shown.exit_code == 0, shown.output
+    assert "What is between [- and -] is read, but not learned." in shown.stdout
+    assert "[-User: Say \ufffd[31mred\nAssistant:-] red\n3<|endoftext|>[-\n-]\n" in shown.stdout
+    assert "\x1b" not in shown.stdout
+    assert "40 rows, whose conversation is in column 'messages'" in shown.stderr
+    assert not (tmp_path / "run").exists()
+    printed = json.loads(CliRunner().invoke(cli, [*chats, "--json", "-q"]).stdout)
+    assert list(printed) == JSON_KEYS["train --show"].split()
+    assert [list(row) for row in printed["rows"]] == [JSON_KEYS["train --show rows"].split()] * 12
+    for row in printed["rows"]:
+        assert row["tokens"] + row["padding"] == 64
+        for document in row["documents"]:
+            assert [part["learned"] for part in document] == [False, True, False]
+            assert list(document[0]) == JSON_KEYS["train --show documents"].split()
+
+
+@pytest.mark.parametrize("columns", ["60", "200"])
+def test_in_a_terminal_what_is_not_learned_is_grey(
+    chats: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any, columns: str
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        main([*chats, "-q"])
+    assert not ended.value.code
+    out = capsys.readouterr().out
+    assert "[-" not in out
+    assert "\x1b[2mGrey text\x1b[0m is read, but not learned." in out
+    assert "\x1b[2mUser: Say" in out
+    assert "\x1b[2mAssistant:\x1b[0m red\n3<|endoftext|>" in out
+    assert "\x1b[31m" not in out, "what a file says does not colour the terminal"
 
 
 @pytest.mark.parametrize(

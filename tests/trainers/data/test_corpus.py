@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from upcycle.errors import EnvironmentFault, UsageError
-from upcycle.text.reading.documents import Reading
+from upcycle.text.reading.columns import Reading
+from upcycle.text.reading.conversations import Example
 from upcycle.trainers.data.corpus import HubCorpus, LocalCorpus, file_fingerprint, open_corpus
 
 DOCUMENTS = [f"document {number}" for number in range(50)]
@@ -81,7 +82,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_a_hub_dataset_is_streamed_in_shards(hub: list[int]) -> None:
-    corpus = open_corpus(["org/set"], None, None, "v1", 16 * 4096, "x")
+    corpus = open_corpus(["org/set"], Reading(), "v1", 16 * 4096, "x")
     assert isinstance(corpus, HubCorpus)
     assert corpus.shards is None
     shards = [list(corpus.documents(shard)) for shard in range(4)]
@@ -104,7 +105,26 @@ def test_texts_that_cannot_be_opened_are_refused(
     hub: list[int], texts: list[str], revision: str | None, error: type, message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        list(open_corpus(texts, None, None, revision, 1000, "x").documents(0))
+        list(open_corpus(texts, Reading(), revision, 1000, "x").documents(0))
+
+
+def test_a_hub_dataset_of_conversations_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What rows hold is known before any is read: a run may continue from its cache without a network."""
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    rows = [{"messages": talk, "prompt": "Hi", "answer": "Hello", "bad": "Oh"}] * 3
+    monkeypatch.setattr("upcycle.text.hub_dataset.hub_rows", lambda *_, **__: iter(rows))
+    for reading, kind in (
+        (Reading("messages"), "chat"),
+        (Reading(prompt=("prompt",), response="answer"), "pairs"),
+        (Reading(prompt=("prompt",), response="answer", rejected="bad"), "preferences"),
+    ):
+        corpus = HubCorpus("org/set", reading, None, 16 * 4096)
+        assert corpus.kind == kind
+        found = list(corpus.documents(0))
+        assert [each.messages for each in found if isinstance(each, Example)] == [tuple(talk)] * 3
+    with pytest.raises(UsageError, match="org/set, row 0: column 'messages' holds conversations") as caught:
+        list(HubCorpus("org/set", Reading(), None, 16 * 4096).documents(0))
+    assert caught.value.hint == "set column: messages in the domain"
 
 
 def test_a_hub_dataset_without_the_column(hub: list[int]) -> None:

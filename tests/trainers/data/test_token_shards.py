@@ -105,13 +105,13 @@ def test_a_disk_that_fills(tmp_path: Path, letters: Any, monkeypatch: pytest.Mon
 
 
 def test_special_tokens(letters: Any, pico: Callable[[str], Path]) -> None:
-    assert Encoder(letters)(["a"]) == [[97, 1]]
-    assert Encoder(letters, end_of_text=False)(["a"]) == [[97]]
+    assert Encoder(letters).encode(["a"]) == [[97, 1]]
+    assert Encoder(letters, end_of_text=False).encode(["a"]) == [[97]]
     letters.eos_token_id = None
     with pytest.raises(UsageError, match="no end-of-text token"):
         Encoder(letters)
     demo = load_tokenizer(pico("llama"))
-    (row,) = Encoder(demo)(["hello"])
+    (row,) = Encoder(demo).encode(["hello"])
     assert row == [*demo("hello", add_special_tokens=False)["input_ids"], demo.eos_token_id]
 
 
@@ -125,5 +125,5 @@ def test_a_beginning_is_put_where_the_tokenizer_puts_one(letters: Any) -> None:
                 found["input_ids"] = [2, *found["input_ids"]]
             return found
 
-    assert Encoder(WithBeginning())(["a"]) == [[2, 97, 1]]
+    assert Encoder(WithBeginning()).encode(["a"]) == [[2, 97, 1]]
     assert Encoder(WithBeginning()).fingerprint != Encoder(letters).fingerprint

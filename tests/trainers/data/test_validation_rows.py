@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from upcycle.errors import UsageError
-from upcycle.text.reading.documents import Reading
+from upcycle.text.reading.columns import Reading
 from upcycle.trainers.data.corpus import LocalCorpus
 from upcycle.trainers.data.domain_rows import HeldOut
 from upcycle.trainers.data.token_shards import Encoder, TokenCache, document_hash
@@ -44,7 +44,7 @@ def test_held_out_documents_in_order(corpus: LocalCorpus, cache: TokenCache, tok
 
 def test_a_validation_corpus_of_its_own_is_read_as_a_whole(corpus: LocalCorpus, cache: TokenCache) -> None:
     rows = validation_rows("x", corpus, cache, None, 10**6, 32)
-    assert sum(int((positions == 0).sum()) for _, positions, _ in rows) >= len(TEXTS)
+    assert sum(int((positions == 0).sum()) for _, positions, *_ in rows) >= len(TEXTS)
     assert len(held_out_hashes(corpus, cache)) == len(TEXTS)
     assert len(held_out_hashes(None, cache)) == 0
 

@@ -6,19 +6,15 @@ Ranks are threads here, each with a copy of the model; what DeepSpeed does with 
 from __future__ import annotations
 
 import copy
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from threading import Barrier
 from typing import Any
 
 import pytest
 import torch
+from divided_steps import Engine, divided_step, far
 from training_runs import recipe_for
 
 from upcycle.trainers.data.batches import PackedBatch
 from upcycle.trainers.data.packing import layout
-from upcycle.trainers.distillation.parent import Parent
-from upcycle.trainers.distributed.ranks import Ranks
 from upcycle.trainers.forecast.communication import forecast_communication
 from upcycle.trainers.forecast.model_counts import ModelCounts, count_model
 from upcycle.trainers.forecast.speed import flops_per_token
@@ -31,7 +27,6 @@ from upcycle.trainers.routing.bias_balance import BiasBalance
 from upcycle.trainers.routing.router_control import RouterControl
 from upcycle.trainers.routing.router_records import capture
 from upcycle.trainers.routing.stock_routers import moe_layers, selection_bias
-from upcycle.trainers.run.step import Stepper
 from upcycle.trainers.run.step_result import StepResult
 
 ROWS, LENGTH = 4, 10
@@ -69,84 +64,22 @@ STAGES: dict[str, dict[str, Any]] = {
 NEAR = 1e-6
 
 
-class Together:
-    """What threads add up."""
-
-    def __init__(self, world: int) -> None:
-        self.barrier, self.given = Barrier(world, timeout=60), [torch.empty(0)] * world
-
-    def total(self, rank: int, tensor: torch.Tensor) -> torch.Tensor:
-        self.given[rank] = tensor.clone()
-        self.barrier.wait()
-        tensor.copy_(torch.stack(self.given).sum(0))
-        self.barrier.wait()
-        return tensor
-
-
-@dataclass(frozen=True)
-class ThreadRanks(Ranks):
-    together: Any = None
-
-    def total(self, tensor: torch.Tensor) -> torch.Tensor:
-        total: torch.Tensor = self.together.total(self.rank, tensor)
-        return total
-
-
-class Engine:
-    """What a step asks of DeepSpeed's, with gradients averaged over passes."""
-
-    def __init__(self, module: Any, passes: int) -> None:
-        self.module, self.passes, self.calls = module, passes, 0
-
-    def __call__(self, **inputs: Any) -> Any:
-        self.calls += 1
-        return self.module(**inputs)
-
-    def backward(self, loss: torch.Tensor) -> None:
-        (loss / self.passes).backward()
-
-    def step(self) -> None: ...
-
-    def zero_optimization_stage(self) -> int:
-        return 1
-
-    def get_global_grad_norm(self) -> float:
-        return 1.0
-
-    def was_step_applied(self) -> bool:
-        return True
-
-
-def rows(first: int, last: int) -> PackedBatch:
+def rows(first: int, last: int, answers: bool = False) -> PackedBatch:
+    """Some rows of a batch; of examples, every third token and all of the second row are read, but not learned."""
     ids = torch.randint(4096, (ROWS, LENGTH), generator=torch.Generator().manual_seed(3))
     made = [tuple(map(torch.from_numpy, layout(torch.tensor(each).numpy(), LENGTH))) for each in FRAGMENTS]
     positions, mask = (torch.stack(part) for part in zip(*made, strict=True))
+    real = mask | (positions == 0)
+    if answers:
+        mask = mask & (ids % 3 != 0) & (torch.arange(ROWS) != 1)[:, None]
     own = slice(first, last)
-    return PackedBatch(ids[own], mask[own], positions[own], ("x",) * (last - first))
+    return PackedBatch(ids[own], mask[own], positions[own], ("x",) * (last - first), real[own])
 
 
 def step(
-    model: Any, parent: Any, stage: dict[str, Any], world: int, passes: int
+    model: Any, parent: Any, stage: dict[str, Any], world: int, passes: int, answers: bool = False
 ) -> tuple[StepResult, list[torch.Tensor], Engine]:
-    """A step's result, the averaged gradient, and the first rank's engine."""
-    recipe = StageRecipe.model_validate({"steps": 1, "learning_rate": 1.0, **stage})
-    together, size = Together(world), ROWS // world // passes
-
-    def rank(number: int) -> tuple[StepResult, list[torch.Tensor], Engine]:
-        own = copy.deepcopy(model).train()
-        taught = Parent(lambda: copy.deepcopy(parent), recipe.distillation) if recipe.distillation else None
-        stepper = Stepper(own, recipe, ThreadRanks(number, world, torch.device("cpu"), together), taught, 0.0)
-        stepper.attach()
-        engine = Engine(own, passes)
-        # As the stream gives them: all ranks' rows of a pass lie together.
-        starts = [(number_of_pass * world + number) * size for number_of_pass in range(passes)]
-        result = stepper.step(engine, [rows(start, start + size) for start in starts], 1.0)
-        return result, [p.grad for p in own.parameters() if p.grad is not None], engine
-
-    with ThreadPoolExecutor(world) as pool:
-        found = list(pool.map(rank, range(world)))
-    gradients = [torch.stack(each).mean(0) for each in zip(*(gradient for _, gradient, _ in found), strict=True)]
-    return found[0][0], gradients, found[0][2]
+    return divided_step(model, parent, stage, world, passes, rows(0, ROWS, answers))
 
 
 @pytest.fixture(scope="module")
@@ -163,12 +96,6 @@ def parent(stock: Any) -> Any:
     return other
 
 
-def far(actual: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
-    """The largest difference between gradients, relative to each one's largest number."""
-    pairs = zip(actual, wanted, strict=True)
-    return max(float((a - w).abs().max() / w.abs().max().clamp(min=1e-12)) for a, w in pairs)
-
-
 @pytest.mark.one_in(7)
 @pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
 def test_every_division_has_the_loss_and_gradient_of_the_whole(model: Any, parent: Any, stage: dict[str, Any]) -> None:
@@ -183,6 +110,38 @@ def test_every_division_has_the_loss_and_gradient_of_the_whole(model: Any, paren
             layer: count.tolist() for layer, count in whole.counts.items()
         }
         assert far(gradient, wanted) < NEAR, (world, passes)
+
+
+def test_examples_have_the_loss_of_their_answers_however_they_are_divided(model: Any, parent: Any) -> None:
+    """Passes and ranks have unlike numbers of answers, and one pass has none: a mean of their means would be another number."""
+    stage = {"losses": BALANCES, "distillation": {"logits": 1.0, "hidden": 0.7, "ffn": 0.9}}
+    whole, wanted, _ = step(model, parent, stage, 1, 1, answers=True)
+    for world, passes in ((1, 4), (2, 1), (2, 2)):
+        found, gradient, _ = step(model, parent, stage, world, passes, answers=True)
+        assert found.loss == pytest.approx(whole.loss, rel=NEAR)
+        assert found.parts == {name: pytest.approx(value, rel=NEAR, abs=NEAR) for name, value in whole.parts.items()}
+        assert far(gradient, wanted) < NEAR, (world, passes)
+    batch = rows(0, ROWS, answers=True)
+    nats, divergence = 0.0, 0.0
+    for row in range(ROWS):
+        inputs = {
+            "input_ids": batch.ids[row : row + 1],
+            "position_ids": batch.positions[row : row + 1],
+            "use_cache": False,
+        }
+        own, theirs = (m(**inputs).logits[0].log_softmax(-1) for m in (model, parent))
+        for place in torch.nonzero(batch.mask[row]).flatten().tolist():
+            nats -= own[place - 1, batch.ids[row, place]].item()
+            divergence += (theirs[place - 1].exp() * (theirs[place - 1] - own[place - 1])).sum().item()
+    count = int(batch.mask.sum())
+    assert whole.targets == count < int(rows(0, ROWS).mask.sum())
+    assert whole.loss == pytest.approx(nats / count, rel=NEAR)
+    assert whole.parts["kl"] == pytest.approx(divergence / count, rel=NEAR)
+    text, _, _ = step(model, parent, stage, 1, 1)
+    for (
+        name
+    ) in BALANCES:  # routers choose for prompts, too, in training as in use: balance is over all tokens but padding
+        assert whole.parts[name] == pytest.approx(text.parts[name], rel=NEAR, abs=NEAR)
 
 
 def test_the_whole_is_the_papers_formula_over_all_tokens(model: Any, parent: Any) -> None:

@@ -36,6 +36,15 @@ def test_the_recipe_of_the_documentation() -> None:
     assert data.validation == DataRecipe.model_fields["validation"].default
 
 
+def test_the_recipe_for_conversations_of_the_documentation() -> None:
+    page = (Path(__file__).parents[3] / "docs/guides/training_data.md").read_text()
+    data = parse(yaml.safe_load(page.split("```yaml\n")[2].split("```")[0])["data"])
+    chat, tasks, completions, prose = data.domains
+    assert (chat.loss_on, chat.too_long) == (prose.loss_on, prose.too_long) == (None, None)
+    assert (tasks.prompt, tasks.response) == (["instruction", "input"], "output")
+    assert (completions.prompt, completions.joined, data.chat_template) == (["prompt"], "plain", "turns")
+
+
 BOTH = {"x": {"text": "a", "weight": 0.5}, "y": {"text": "b", "weight": 0.5}}
 
 
@@ -46,6 +55,10 @@ BOTH = {"x": {"text": "a", "weight": 0.5}, "y": {"text": "b", "weight": 0.5}}
         ({"domains": {"x": {"text": "a", "colum": "b"}}}, r"unknown key 'domains\.0\.colum'"),
         ({"domains": {"x": {"weight": 1}}}, r"key 'domains\.0\.text' is missing"),
         ({"domains": []}, "at least 1 item"),
+        ({"domains": {"x": {"text": "a", "prompt": "p"}}}, "prompt names a column of pairs, and response none; give both"),
+        ({"domains": {"x": {"text": "a", "prompt": "p", "response": "r", "column": "c"}}}, "give one or the other"),
+        ({"domains": {"x": {"text": "a", "joined": "plain"}}}, "joined is for pairs"),
+        ({"domains": {"x": {"text": "a", "too_long": "cut"}}}, "too_long"),
         ({"domains": {**BOTH, "y": {"text": "b", "weight": 0.3}}}, r"not to 1; the same ratios would be x 0\.625, y 0\.375"),
         ({"domains": {**BOTH, "y": {"text": "b", "weight": -0.5}}}, "greater than 0, got -0.5"),
         ({"domains": {**BOTH, "y": {"text": "b", "weight": float("nan")}}}, "finite|greater than 0"),

@@ -37,6 +37,7 @@ TITLES = {
     "2212.05055": "Sparse Upcycling: Training Mixture-of-Experts from Dense Checkpoints",
     "2301.00774": "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot",
     "2305.17888": "LLM-QAT: Data-Free Quantization Aware Training for Large Language Models",
+    "2305.18290": "Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
     "2306.11695": "A Simple and Effective Pruning Approach for Large Language Models",
     "2310.01334": "Merge, Then Compress: Demystify Efficient SMoE with Hints from Its Routing Policy",
     "2310.04361": "Exploiting Activation Sparsity with Dense to Dynamic-k Mixture-of-Experts Conversion",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +15,9 @@ from upcycle.cli.shared.output import print_facts, print_json, print_message, wa
 from upcycle.errors import UsageError
 from upcycle.formatting import duration
 from upcycle.trainers.distributed.signals import INTERRUPTED
+
+if TYPE_CHECKING:
+    from upcycle.trainers.recipe.training_recipe import TrainRecipe
 
 
 def assignments(_: Any, __: Any, values: tuple[str, ...]) -> dict[str, Any]:
@@ -54,6 +57,12 @@ set_option = click.option(
     help="file with the machines of the run, reached by ssh: a line NAME slots=RANKS each",
 )
 @click.option("--restart", is_flag=True, help="discard the run's checkpoints and begin again")
+@click.option(
+    "--show",
+    type=click.IntRange(1, 1000),
+    metavar="N",
+    help="check the data, print the first N rows as they are trained on, and stop before training",
+)
 @quiet_option
 @common_options
 def command(
@@ -64,6 +73,7 @@ def command(
     nproc: int | None,
     hostfile: Path | None,
     restart: bool,
+    show: int | None,
     quiet: bool,
     as_json: bool,
     debug: bool,
@@ -78,6 +88,7 @@ def command(
 
     \b
     upcycle train heal_split --model ./half --output ./healed --set data=corpus.jsonl
+    upcycle train instruct --model ./moe --output ./tuned --set data=chat.jsonl --show 3
     upcycle train recipe.yaml --nproc 8 --set zero.stage=2
     upcycle train recipe.yaml --hostfile hosts --set expert_parallel=8
     """
@@ -85,6 +96,9 @@ def command(
 
     overrides = {**({"model": model} if model else {}), **({"output": output} if output else {}), **set_}
     parsed = read_train_recipe(recipe, overrides)
+    if show:
+        _show(parsed, show, quiet, as_json)
+        return
     arguments = _without(sys.argv[1:], ("--nproc", "--hostfile"))
     if (nproc or hostfile) and _starts_ranks(nproc, hostfile):
         from upcycle.trainers.distributed.launcher import COMMAND, command_to_repeat, launch_ranks
@@ -110,6 +124,17 @@ def command(
             print_facts(_facts(result))
     if result.stopped:
         sys.exit(INTERRUPTED)
+
+
+def _show(recipe: TrainRecipe, count: int, quiet: bool, as_json: bool) -> None:
+    from upcycle.cli.shared.training_rows import print_training_rows
+    from upcycle.trainers.run.shown_rows import shown_rows
+
+    rows = shown_rows(recipe, count, (lambda _: None) if quiet else print_message)
+    if as_json:
+        print_json({"rows": [row.as_dict() for row in rows]})
+    else:
+        print_training_rows(rows)
 
 
 def _starts_ranks(nproc: int | None, hostfile: Path | None) -> bool:

@@ -4,52 +4,57 @@ from __future__ import annotations
 
 import csv
 import glob
+import io
 import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from upcycle.errors import EnvironmentFault, UsageError
 from upcycle.files.formats.parsing import parse_json
 from upcycle.files.user_paths import user_path
-from upcycle.text.reading.columns import Broken, text_of
-from upcycle.text.reading.file_kinds import FileKind, Format, file_kind
-from upcycle.text.reading.parquet_files import open_parquet, parquet_columns, parquet_texts
+from upcycle.text.reading.columns import Reading, document_of
+from upcycle.text.reading.compressed import UNPACKED, is_compressed, lines_before, opened
+from upcycle.text.reading.conversations import Broken, TextOrExample
+from upcycle.text.reading.file_kinds import FileKind, Format, file_kind, saved_files
 from upcycle.text.reading.plain_text import DEMO_TEXTS, read_text
+from upcycle.text.reading.table_rows import TableKind, opened_table
 
 _DEMO_DOCUMENT = 2000  # characters; the embedded texts are documents in a row, divided again at empty lines
-_LARGEST_ARRAY = 1 << 30  # bytes of a JSON array, which is read whole
+_LARGEST_WHOLE = 1 << 30  # bytes of what is read whole: a JSON array, or a compressed text with a separator
+_END = 1 << 62  # behind the last byte of every file
 _TABLES = {"csv": ",", "tsv": "\t"}
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How documents are read from files.
+class LinePlace:
+    """A line of a file, counted from ``start``, a byte; as a string, it is counted from the file's beginning."""
 
-    Attributes:
-        column: the column with the text, for files of rows.
-        separator: the text between documents, for plain text; None: a piece is one document.
-        broken: what to do at a broken row.
-    """
+    path: Path
+    start: int
+    line: int
 
-    column: str | None = None
-    separator: str | None = None
-    broken: Literal["stop", "skip"] = "stop"
+    def __str__(self) -> str:
+        return f"{self.path}, line {self.line + lines_before(self.path, self.start)}"
 
 
 @dataclass(frozen=True)
 class FilePiece:
-    """A part of a file: the lines that begin in bytes ``start`` to ``stop``, or, of Parquet, those row groups."""
+    """A part of a file: the lines that begin in bytes ``start`` to ``stop``, or, of Parquet and Arrow, those groups of rows.
+
+    A compressed file is one piece, since it can only be read from its beginning.
+    """
 
     path: Path
     kind: FileKind
     start: int
     stop: int
     size: int  # bytes
+    cut: int = _END  # bytes after which a compressed text without a separator is cut, at the end of a line
 
-    def documents(self, reading: Reading) -> Iterator[str]:
+    def documents(self, reading: Reading) -> Iterator[TextOrExample]:
         """Yield the documents in order; broken rows are left out where ``reading`` says so.
 
         Raises:
@@ -57,7 +62,7 @@ class FilePiece:
             UsageError: a row is broken, or the file is not of its kind.
         """
         for found in self.records(reading):
-            if isinstance(found, str):
+            if not isinstance(found, Broken):
                 yield found
             elif reading.broken == "stop":
                 raise UsageError(
@@ -65,7 +70,7 @@ class FilePiece:
                     hint="correct or remove it; to leave such rows out, set broken_lines: skip in the data",
                 )
 
-    def records(self, reading: Reading) -> Iterator[str | Broken]:
+    def records(self, reading: Reading) -> Iterator[TextOrExample | Broken]:
         """Yield the documents and the broken rows in order.
 
         Raises:
@@ -77,14 +82,9 @@ class FilePiece:
                 yield from _demo(read_text(self.path.stem))
             elif self.kind == "text":
                 yield from self._texts(reading.separator)
-            elif self.kind == "parquet":
-                assert reading.column is not None
-                for text in parquet_texts(self.path, reading.column, range(self.start, self.stop)):
-                    yield text or ""
             else:
-                assert reading.column is not None
-                for where, row in self.rows():
-                    yield row if isinstance(row, Broken) else text_of(row, reading.column, where)
+                for where, row in self.rows(reading):
+                    yield row if isinstance(row, Broken) else document_of(row, reading, where)
         except FileNotFoundError:
             raise EnvironmentFault(f"the data file {self.path} is gone", hint="put it back, then continue") from None
         except UnicodeDecodeError as error:
@@ -94,9 +94,13 @@ class FilePiece:
         except OSError as error:
             raise EnvironmentFault(f"the data file {self.path} cannot be read: {error}") from None
 
-    def rows(self) -> Iterator[tuple[str, Any]]:
-        """Yield the place of each row of JSON or of a table, and its values by column, or why it is broken."""
-        if self.kind == "jsonl":
+    def rows(self, reading: Reading) -> Iterator[tuple[object, Any]]:
+        """Yield the place of each row, and its values by column, or why it is broken; of Parquet and Arrow only ``reading``'s."""
+        if self.kind in ("parquet", "arrow"):
+            with opened_table(self.path, self.kind) as table:
+                for number, row in table.rows(reading.columns or (), range(self.start, self.stop)):
+                    yield f"{self.path}, row {number}", row
+        elif self.kind == "jsonl":
             yield from self._json_lines()
         elif self.kind == "json":
             yield from self._json_array()
@@ -104,10 +108,10 @@ class FilePiece:
             yield from self._table()
 
     def _texts(self, separator: str | None) -> Iterator[str]:
-        text = b"".join(self._lines()).decode("utf-8")
         if separator is None:
-            yield text
+            yield from self._cut_texts()
             return
+        text = self._whole("a compressed text with a separator").decode("utf-8")
         parts = separator.replace("\r\n", "\n").split("\n")
         for at in range(1, len(parts)):  # the piece may begin with the rest of a separator that has several lines
             rest = "\n".join(parts[at:])
@@ -117,32 +121,51 @@ class FilePiece:
         # Lines end with CR LF in files from Windows, but with LF in the recipe's separator.
         yield from re.split("\r?\n".join(map(re.escape, parts)), text)
 
-    def _json_lines(self) -> Iterator[tuple[str, Any]]:
-        at = f"{self.path}, line " if self.start == 0 else f"{self.path}, after byte {self.start}, line "
+    def _cut_texts(self) -> Iterator[str]:
+        lines: list[bytes] = []
+        size = 0
+        for line in self._lines():
+            lines.append(line)
+            size += len(line)
+            if size >= self.cut:
+                yield b"".join(lines).decode("utf-8")
+                lines, size = [], 0
+        if lines:
+            yield b"".join(lines).decode("utf-8")
+
+    def _whole(self, what: str) -> bytes:
+        lines: list[bytes] = []
+        size = 0
+        for line in self._lines():
+            lines.append(line)
+            size += len(line)
+            if size > _LARGEST_WHOLE:
+                raise UsageError(
+                    f"{self.path} is {what} of more than {_LARGEST_WHOLE / 1e9:.1f} GB, which would have to be read whole",
+                    hint="divide it into several files, or write one row per line (.jsonl; of an array: jq -c '.[]')",
+                )
+        return b"".join(lines)
+
+    def _json_lines(self) -> Iterator[tuple[object, Any]]:
         for number, line in enumerate(self._lines(), start=1):
             if line.strip():
-                where = f"{at}{number}"
+                where = LinePlace(self.path, self.start, number)
                 try:
-                    yield where, parse_json(line, where, error=UsageError, nan=True, halves=True)
+                    yield where, parse_json(line, "", error=UsageError, nan=True, halves=True)
                 except UsageError as error:
-                    yield where, Broken(error.message)
+                    yield where, Broken(f"{where}{error.message}")
 
-    def _json_array(self) -> Iterator[tuple[str, Any]]:
-        if self.size > _LARGEST_ARRAY:
-            raise UsageError(
-                f"{self.path} is a JSON array of {self.size / 1e9:.1f} GB, which would have to be read whole",
-                hint=f"write one row per line: jq -c '.[]' '{self.path.name}' > rows.jsonl",
-            )
-        content = b"".join(self._lines())
-        rows = parse_json(content, str(self.path), error=UsageError, most_bytes=_LARGEST_ARRAY, nan=True, halves=True)
+    def _json_array(self) -> Iterator[tuple[object, Any]]:
+        content = self._whole("a JSON array")
+        rows = parse_json(content, str(self.path), error=UsageError, most_bytes=_LARGEST_WHOLE, nan=True, halves=True)
         if not isinstance(rows, list):
             raise UsageError(f"{self.path} is not a JSON array of rows")
         for number, row in enumerate(rows, start=1):
             yield f"{self.path}, row {number}", row
 
-    def _table(self) -> Iterator[tuple[str, Any]]:
+    def _table(self) -> Iterator[tuple[object, Any]]:
         csv.field_size_limit(sys.maxsize)  # a setting of the whole process, needed for long documents
-        with self.path.open(encoding="utf-8-sig", newline="") as file:
+        with opened(self.path) as content, io.TextIOWrapper(content, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, delimiter=_TABLES[self.kind], strict=True)
             try:
                 header = next(reader, [])
@@ -156,7 +179,7 @@ class FilePiece:
                 raise UsageError(f"{self.path}, line {reader.line_num} is not a row of a table: {error}") from None
 
     def _lines(self) -> Iterator[bytes]:
-        with self.path.open("rb") as file:
+        with opened(self.path) as file:
             at = self.start
             if at:
                 file.seek(at - 1)
@@ -180,8 +203,10 @@ def find_pieces(texts: list[str], size: int, named: Format | None = None) -> lis
     pieces = []
     for path in _paths(texts):
         kind, total = file_kind(path, named), path.stat().st_size
-        if kind == "parquet":
-            pieces += _row_groups(path, size)
+        if kind in ("parquet", "arrow"):
+            pieces += _row_groups(path, kind, size)
+        elif is_compressed(path):
+            pieces += [whole_piece(path, kind, size)] if total else []
         elif kind in ("text", "jsonl"):
             starts = range(0, total, size)
             pieces += [FilePiece(path, kind, at, min(at + size, total), min(size, total - at)) for at in starts]
@@ -190,18 +215,27 @@ def find_pieces(texts: list[str], size: int, named: Format | None = None) -> lis
     return pieces
 
 
+def whole_piece(path: Path, kind: FileKind, cut: int = _END) -> FilePiece:
+    """Return a file as one piece; a compressed text without a separator is cut into documents of about ``cut`` bytes."""
+    total = path.stat().st_size * (UNPACKED if is_compressed(path) else 1)
+    return FilePiece(path, kind, 0, _END, total, cut)
+
+
 def first_row(piece: FilePiece) -> Any:
     """Return the first row that can be read in a piece, which shows the file's columns; None for text, which has none.
+
+    Tables give what stands for each column's values (:meth:`upcycle.text.reading.table_rows.Table.columns`).
 
     Raises:
         UsageError: no row can be read.
     """
     if piece.kind in ("demo", "text"):
         return None
-    if piece.kind == "parquet":
-        return parquet_columns(piece.path)
+    if piece.kind in ("parquet", "arrow"):
+        with opened_table(piece.path, piece.kind) as table:
+            return table.columns()
     fault = Broken(f"{piece.path} has no row")
-    for _, row in piece.rows():
+    for _, row in piece.rows(Reading()):
         if not isinstance(row, Broken):
             return row
         fault = row
@@ -217,7 +251,8 @@ def _paths(texts: list[str]) -> list[Path]:
         pattern = str(user_path(name))
         matched = [Path(path) for path in glob.glob(pattern, recursive=True)]  # noqa: PTH207 - absolute patterns, too
         if Path(pattern).is_dir():
-            raise UsageError(f"{name} is a folder", hint=f"name its files: {name}/*.jsonl")
+            found.update(saved_files(Path(pattern), name))
+            continue
         if Path(pattern).is_file():  # a name may hold brackets
             matched = [Path(pattern)]
         files = [path for path in matched if path.is_file()]
@@ -239,14 +274,12 @@ def _demo(text: str) -> Iterator[str]:
     yield "\n\n".join(parts)
 
 
-def _row_groups(path: Path, size: int) -> list[FilePiece]:
+def _row_groups(path: Path, kind: TableKind, size: int) -> list[FilePiece]:
     pieces: list[FilePiece] = []
-    with open_parquet(path) as file:
-        for group in range(file.num_row_groups):
-            weight = file.metadata.row_group(group).total_byte_size
+    with opened_table(path, kind) as table:
+        for group, (weight, _) in enumerate(table.weights()):
             if pieces and pieces[-1].size + weight <= size:
-                weight += pieces[-1].size
-                pieces[-1] = FilePiece(path, "parquet", pieces[-1].start, group + 1, weight)
+                pieces[-1] = FilePiece(path, kind, pieces[-1].start, group + 1, pieces[-1].size + weight)
             else:
-                pieces.append(FilePiece(path, "parquet", group, group + 1, weight))
+                pieces.append(FilePiece(path, kind, group, group + 1, weight))
     return pieces

@@ -1,0 +1,78 @@
+"""The first rows of a run as they are trained on, for a look before it begins. L positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from upcycle.files.locate import locate
+from upcycle.trainers.checkpoints.prepare_model import tokenizer_of
+from upcycle.trainers.data.batches import open_stream
+from upcycle.trainers.data.data_check import check_data
+from upcycle.trainers.recipe.training_recipe import TrainRecipe
+
+
+@dataclass(frozen=True)
+class ShownPart:
+    """Consecutive tokens as text, and whether they are learned or only read."""
+
+    text: str
+    learned: bool
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """A row: its domain, its numbers of tokens, of those that are learned, and of padding, and its documents in parts."""
+
+    domain: str
+    tokens: int
+    learned: int
+    padding: int
+    documents: list[list[ShownPart]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for ``--json``."""
+        return asdict(self)
+
+
+def shown_rows(recipe: TrainRecipe, count: int, say: Callable[[str], None]) -> list[ShownRow]:
+    """The first ``count`` rows of a run's first stage. Its data are checked as the run checks them; no weights are read.
+
+    Args:
+        recipe: the run's.
+        count: how many rows.
+        say: called with what the check says.
+
+    Raises:
+        UpcycleError: the data cannot be trained on, or the model has no tokenizer.
+    """
+    tokenizer = tokenizer_of(locate(recipe.model).path)
+    data = recipe.stages[0].data or recipe.data
+    check_data(data, tokenizer, recipe.length, say)
+    stream = open_stream(
+        data, tokenizer, length=recipe.length, micro_batch=count, rank=0, world_size=1, seed=recipe.seed
+    )
+    batch = stream.next_batch()
+    rows = zip(batch.domains, batch.ids, batch.mask, batch.positions, batch.real, strict=True)
+    return [_row(tokenizer, *row) for row in rows]
+
+
+def _row(
+    tokenizer: Any, domain: str, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, real: torch.Tensor
+) -> ShownRow:
+    tokens = int(real.sum())
+    begins = [*torch.nonzero((positions == 0) & real).flatten().tolist(), tokens]
+    documents = [_document(tokenizer, ids[start:end], mask[start:end]) for start, end in pairwise(begins)]
+    return ShownRow(domain, tokens, int(mask.sum()), len(ids) - tokens, documents)
+
+
+def _document(tokenizer: Any, ids: torch.Tensor, mask: torch.Tensor) -> list[ShownPart]:
+    changes = (torch.nonzero(mask[1:] != mask[:-1]).flatten() + 1).tolist()
+    return [
+        ShownPart(tokenizer.decode(ids[start:end].tolist(), skip_special_tokens=False), bool(mask[start]))
+        for start, end in pairwise([0, *changes, len(ids)])
+    ]
