@@ -22,7 +22,7 @@ from upcycle.files.locate import DEMO_FOLDER
 from upcycle.inference.generate import Writer
 from upcycle.models.load import load_model
 from upcycle.registry import load
-from upcycle.report.data.collect import Wanted
+from upcycle.report.collect import Wanted
 from upcycle.trainers.routing.stock_routers import moe_layers
 from upcycle.verification import verify_experts
 

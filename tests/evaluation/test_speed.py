@@ -23,7 +23,7 @@ from upcycle.evaluation.speed_worker import TimedModel
 from upcycle.files import records
 from upcycle.files.formats.parsing import read_json
 from upcycle.kernels.entry.transformers_blocks import WholeBlock
-from upcycle.report.data.collect import Wanted
+from upcycle.report.collect import Wanted
 
 Pico = Callable[[str], Path]
 

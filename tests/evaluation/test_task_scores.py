@@ -25,7 +25,7 @@ from upcycle.evaluation.task_scores import TaskScores, _compared, _read
 from upcycle.files import records
 from upcycle.files.locate import DEMO_FOLDER
 from upcycle.progress import Progress
-from upcycle.report.data.collect import Wanted
+from upcycle.report.collect import Wanted
 
 TASKS = Path(__file__).parents[1] / "tasks"
 QUESTIONS = [json.loads(line) for line in (TASKS / "continuations.jsonl").read_text().splitlines()]

@@ -30,7 +30,7 @@ from upcycle.evaluation.task_scores import TaskScore, TaskScores
 from upcycle.publishing.gguf import GgufExport
 from upcycle.recipe.conversion_recipe import parse_recipe
 from upcycle.registry import DESCRIBED, FAMILIES, METHODS, TARGETS, WRAPPERS, load
-from upcycle.report.data.collect import Wanted
+from upcycle.report.collect import Wanted
 from upcycle.trainers.run.shown_rows import ShownPart, ShownRow
 from upcycle.verification.engines.verify_with import ServingCheck
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import upcycle
-from upcycle.report.data.collect import Wanted
+from upcycle.report.collect import Wanted
 
 
 @pytest.fixture

@@ -265,7 +265,7 @@ def test_everything_that_is_made_from_her_folders_is_clean_and_can_be_verified_a
     upcycle.verify(out, tokens=64, text=str(text))
     upcycle.evaluate(str(out), reference=str(source), speed=True)
     monkeypatch.chdir(tmp_path)
-    from upcycle.report.data.collect import Wanted
+    from upcycle.report.collect import Wanted
     from upcycle.report.write_report import write_report
 
     write_report(out, wanted=Wanted(texts=(str(text),), tokens=64))

@@ -10,7 +10,7 @@ import pytest
 from report_parts import COMPARED, HOSTILE, write_evaluated, write_log
 
 import upcycle
-from upcycle.report.data.collect import Wanted
+from upcycle.report.collect import Wanted
 from upcycle.report.write_report import Report, write_report
 
 

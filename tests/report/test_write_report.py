@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 import upcycle
 from upcycle.cli.main import cli
 from upcycle.errors import CheckpointError, EnvironmentFault, UpcycleError, UsageError
-from upcycle.report.data.collect import SECTIONS, Wanted, collect
+from upcycle.report.collect import SECTIONS, Wanted, collect
 from upcycle.report.write_report import Report, write_report, write_side_by_side
 
 Pico = Callable[[str], Path]

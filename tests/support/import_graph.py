@@ -40,7 +40,9 @@ def imported(text: str, modules: Mapping[str, str]) -> Iterator[str]:
 
 def imports() -> dict[str, set[str]]:
     """What every module imports. The lists of plug-ins and of public functions name modules in strings: they import none."""
-    files = source_files()
+    files = [
+        path for path in source_files() if path != "upcycle/__main__.py"
+    ]  # which is the command line, and imported by nobody
     modules = {module_name(path): path for path in files}
     public = "upcycle/__init__.py"  # its imports for type checkers are the public functions of all rooms
     return {

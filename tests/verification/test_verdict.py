@@ -156,7 +156,7 @@ def test_a_blueprint_says_how_layers_are_built_and_nothing_else(pico: Pico, tmp_
 @pytest.mark.long
 def test_a_report_on_logits_of_zero_holds_only_json_numbers(pico: Pico, tmp_path: Path) -> None:
     pytest.importorskip("jinja2")
-    from upcycle.report.data.collect import Wanted
+    from upcycle.report.collect import Wanted
     from upcycle.report.write_report import write_report
 
     def change(tensors: dict[str, torch.Tensor]) -> None:

@@ -26,12 +26,12 @@ from upcycle.version import __version__
 # What a verb is for -> the verb -> its module. Help shows the groups in this order.
 VERB_GROUPS = {
     "Convert": {
-        "init": "init",
+        "init": "tools.init",
         "convert": "convert",
         "plan": "plan",
         "verify": "verify",
         "compare": "compare",
-        "recipe": "recipe",
+        "recipe": "tools.recipe",
     },
     "Compress": {
         "observe": "compressing.observe",
@@ -55,10 +55,10 @@ VERB_GROUPS = {
     },
     "Tools": {
         "demo": "demo",
-        "list": "list_plugins",
-        "completion": "completion",
-        "tune-kernels": "tune_kernels",
-        "env": "env",
+        "list": "tools.list_plugins",
+        "completion": "tools.completion",
+        "tune-kernels": "tools.tune_kernels",
+        "env": "tools.env",
     },
 }
 VERBS = {name: module for group in VERB_GROUPS.values() for name, module in group.items()}

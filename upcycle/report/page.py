@@ -45,7 +45,7 @@ _SECTIONS: dict[str, tuple[str, _View]] = {
 
 
 def draw_page(data: Mapping[str, Any]) -> str:
-    """Return the HTML of a report's data (:func:`upcycle.report.data.collect.collect`); the page loads nothing from outside."""
+    """Return the HTML of a report's data (:func:`upcycle.report.collect.collect`); the page loads nothing from outside."""
     sections = [(name, title, data[name], _view(view, data[name])) for name, (title, view) in _SECTIONS.items()]
     return _drawn("page.html", data["out"], summary=summary_view(data), sections=sections)
 

@@ -16,7 +16,7 @@ from upcycle.files.output.ownership import cannot_write, check_overwritable, hol
 from upcycle.files.user_paths import user_path
 from upcycle.notebook import IN_NOTEBOOKS
 from upcycle.progress import Progress
-from upcycle.report.data.collect import Wanted, collect
+from upcycle.report.collect import Wanted, collect
 from upcycle.report.data.subject import find_subject
 
 _GENERATOR = '<meta name="generator" content="upcycle report">'

@@ -12,10 +12,10 @@ from click.testing import CliRunner
 
 import upcycle
 from upcycle.cli.main import cli
-from upcycle.cli.verbs import init
+from upcycle.cli.verbs.tools import init
 from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import parse_yaml
-from upcycle.planning.first_recipe import ENGINES, GOALS, LLAMA_CPP, Answers, commands, draft, recipes_for
+from upcycle.planning.drafting.first_recipe import GOALS, LLAMA_CPP, RUNNERS, Answers, commands, draft, recipes_for
 from upcycle.registry import load
 
 ROOT = Path(__file__).parents[3]
@@ -33,7 +33,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_engines_and_goals_are_those_of_the_options() -> None:
-    assert (init.GOALS, init.ENGINES) == (GOALS, ENGINES)
+    assert (init._GOALS, init._RUNNERS) == (GOALS, RUNNERS)
 
 
 def test_the_targets_of_llama_cpp_are_those_that_were_measured() -> None:
@@ -44,7 +44,7 @@ def test_the_targets_of_llama_cpp_are_those_that_were_measured() -> None:
 
 @pytest.mark.one_in(6)
 @pytest.mark.parametrize("goal", GOALS)
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", RUNNERS)
 @pytest.mark.parametrize("train", [False, True])
 def test_every_draft_is_a_recipe_that_can_be_planned(goal: Any, engine: Any, train: bool) -> None:
     answers = Answers("demo", goal, ("docs.txt", "other file's.txt"), train, engine)

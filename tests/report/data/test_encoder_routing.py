@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 import upcycle
 import upcycle.models
 from upcycle.models.own.moe_block import MoeBlock
-from upcycle.report.data.collect import Wanted
+from upcycle.report.collect import Wanted
 from upcycle.report.drawing.patches import colour_of
 from upcycle.report.write_report import write_report
 

@@ -13,7 +13,7 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import upcycle
-from upcycle.report.data.collect import Wanted, collect
+from upcycle.report.collect import Wanted, collect
 from upcycle.report.data.experts import mean_cosine, output_directions
 from upcycle.report.data.routing import Choices, coselection, routing_data, row_cosine, spread, top_tokens
 

@@ -10,7 +10,7 @@ import pytest
 
 import upcycle
 from upcycle.evaluation.compressing.compare_compressions import compare_compressions
-from upcycle.report.data.collect import Wanted
+from upcycle.report.collect import Wanted
 from upcycle.report.sections.comparison import comparison_view
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-FEW = 14  # a command with as many options or fewer prints them as one list
+MOST_IN_ONE = 14  # a command with as many options or fewer prints them as one list
 OTHERS = "Options"
 # A group's title, and the Python names of its options; the options of a verb that are in no group come last.
 OPTION_GROUPS = {
@@ -22,7 +22,7 @@ OPTION_GROUPS = {
 
 
 class GroupedCommand(click.Command):
-    """Prints its options in groups, once there are more than :data:`FEW`."""
+    """Prints its options in groups, once there are more than :data:`MOST_IN_ONE`."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write every option's help, once, below the title of its group."""
@@ -31,7 +31,7 @@ class GroupedCommand(click.Command):
             ("help" if "--help" in option.opts else option.name, option.get_help_record(ctx)) for option in options
         ]
         left = {str(name): record for name, record in records if record is not None}
-        if len(left) > FEW:
+        if len(left) > MOST_IN_ONE:
             for title, names in OPTION_GROUPS.items():
                 found = [left.pop(name) for name in names.split() if name in left]
                 if found:

@@ -89,7 +89,7 @@ def command(out: Path, quiet: bool, as_json: bool, debug: bool) -> None:
 
 def _report(out: Path) -> str | None:
     """Write the report on the sparse split and return its path; None where the extra that it needs is missing."""
-    from upcycle.report.data.collect import Wanted
+    from upcycle.report.collect import Wanted
     from upcycle.report.write_report import can_draw, write_report
 
     if not can_draw():

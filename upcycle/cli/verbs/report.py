@@ -77,7 +77,7 @@ def command(
     upcycle report ./vit-moe --images ./photos
     upcycle report ./llama ./half ./healed ./pruned --out models.html
     """
-    from upcycle.report.data.collect import PROMPTS, Wanted
+    from upcycle.report.collect import PROMPTS, Wanted
     from upcycle.report.write_report import write_report, write_side_by_side
 
     wanted = Wanted(text, tokens, prompt or PROMPTS, source, compare, training, run=not no_run, images=images)

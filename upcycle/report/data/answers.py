@@ -65,11 +65,11 @@ def _speed(subject: Subject, speed: Mapping[str, Any]) -> str:
         predicted = ((subject.record or {}).get("plan", {}).get("time") or {}).get("relative")
         if not predicted:
             return "Not known: speed was not measured."
-        ways = "; ".join(
+        times_of = "; ".join(
             f"{times['prefill']:.2f}x the time to read and {times['decode']:.2f}x to write with {kernels}"
             for kernels, times in predicted.items()
         )
-        return f"Predicted, relative to its parent: {ways}. Not measured."
+        return f"Predicted, relative to its parent: {times_of}. Not measured."
     if not speed.get("reference") or speed.get("prefill_ratio") is None:
         return "Not known: its parent was not timed beside it."
     ways = [("with transformers' kernels", speed["prefill_ratio"], speed["decode_ratio"])]

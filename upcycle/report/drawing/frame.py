@@ -81,18 +81,18 @@ def values_block(values: Mapping[str, Any] | None) -> Markup:
     """Return a figure's values as a block of data, which no browser runs; nothing in it can end it."""
     if values is None:
         return _NOTHING
-    text = json.dumps(rounded(values), separators=(",", ":"), allow_nan=False)
+    text = json.dumps(four_digits(values), separators=(",", ":"), allow_nan=False)
     for character in "<>&":  # which a parser of HTML would heed
         text = text.replace(character, f"\\u{ord(character):04x}")
     return Markup('<script type="application/json" class="values">{}</script>').format(Markup(text))
 
 
-def rounded(value: Any) -> Any:
+def four_digits(value: Any) -> Any:
     """Return plain data with four significant digits, which are more than a plot shows; None for what is not finite."""
     if isinstance(value, Mapping):
-        return {key: rounded(one) for key, one in value.items()}
+        return {key: four_digits(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [rounded(one) for one in value]
+        return [four_digits(one) for one in value]
     if isinstance(value, float):
         return float(f"{value:.4g}") if math.isfinite(value) else None
     return value

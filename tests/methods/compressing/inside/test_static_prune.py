@@ -27,7 +27,7 @@ from upcycle.ffn.form import FfnForm
 from upcycle.ffn.moe_shape import MoeShape, Part
 from upcycle.methods.compressing.inside.static_prune import StaticPrune
 from upcycle.plugins import PluginParameters
-from upcycle.report.data.collect import Wanted, collect
+from upcycle.report.collect import Wanted, collect
 from upcycle.text.windows import demo_parts, encode
 
 WINDOW, TOKENS, F, D, KEPT = 64, 1024, 96, 32, 48

@@ -17,9 +17,9 @@ from upcycle.registry import load
 from upcycle.text.reading.plain_text import SELF_WRITTEN
 
 Goal = Literal["speed", "capacity"]
-Engine = Literal["transformers", "vllm", "llama.cpp"]
+Runner = Literal["transformers", "vllm", "llama.cpp"]
 GOALS: tuple[Goal, ...] = get_args(Goal)
-ENGINES: tuple[Engine, ...] = get_args(Engine)
+RUNNERS: tuple[Runner, ...] = get_args(Runner)
 # Targets of which llama.cpp computes what transformers does: docs/measured/serving_targets.md, with which a test compares them.
 LLAMA_CPP = ("mixtral", "qwen3_moe", "granitemoe", "granitemoeshared", "mellum", "cohere2_moe", "lfm2_moe")
 
@@ -43,7 +43,7 @@ class Answers:
     goal: Goal = "speed"
     texts: tuple[str, ...] = ()
     train: bool = False
-    engine: Engine = "transformers"
+    engine: Runner = "transformers"
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,10 @@ def command(name: str, verb: str | None, as_json: bool, debug: bool) -> None:
     upcycle convert mine.yaml OUT --source ./llama
     upcycle recipe cumo --for train > stages.yaml
     """
-    verbs = [verb] if verb else RECIPE_VERBS
-    found = {each: shipped(each)[name] for each in verbs if name in shipped(each)}  # type: ignore[index]
+    verbs = [each for each in RECIPE_VERBS if verb in (None, each)]
+    found = {each: shipped(each)[name] for each in verbs if name in shipped(each)}
     if not found:
-        known = sorted({known for each in verbs for known in shipped(each)})  # type: ignore[arg-type]
+        known = sorted({known for each in verbs for known in shipped(each)})
         raise UsageError(f"no such recipe: {name}", hint=suggestion(name, known))
     if len(found) > 1:
         commands = " or ".join(f"upcycle recipe {name} --for {each}" for each in found)

@@ -16,8 +16,9 @@ from upcycle.files.formats.parsing import parse_yaml
 from upcycle.files.output.ownership import cannot_write
 from upcycle.files.user_paths import user_path
 
-GOALS = ("speed", "capacity")
-ENGINES = ("transformers", "vllm", "llama.cpp")
+# As upcycle.planning.drafting.first_recipe has them, which is not loaded for help.
+_GOALS = ("speed", "capacity")
+_RUNNERS = ("transformers", "vllm", "llama.cpp")
 _QUESTIONS = {
     "model": "the model: a folder, a hub id (org/name), a .gguf file, or demo",
     "goal": "more speed (fewer neurons per token), or more capacity (more experts)",
@@ -30,10 +31,10 @@ _QUESTIONS = {
 @click.command("init", short_help="Answer five questions, get a recipe")
 @click.argument("out", type=click.Path(path_type=Path), default=Path("upcycle.yaml"), required=False)
 @click.option("--model", metavar="SOURCE", help=_QUESTIONS["model"])
-@click.option("--goal", type=click.Choice(GOALS), help=_QUESTIONS["goal"])
+@click.option("--goal", type=click.Choice(_GOALS), help=_QUESTIONS["goal"])
 @click.option("--text", metavar="FILE[,FILE]", help=_QUESTIONS["text"])
 @click.option("--train/--no-train", default=None, help=_QUESTIONS["train"])
-@click.option("--engine", type=click.Choice(ENGINES), help=_QUESTIONS["engine"])
+@click.option("--engine", type=click.Choice(_RUNNERS), help=_QUESTIONS["engine"])
 @click.option("--overwrite", is_flag=True, help="replace the file OUT")
 @common_options
 def command(
@@ -64,7 +65,7 @@ def command(
     given = {"model": model, "goal": goal, "text": text, "train": train, "engine": engine}
     answers = _answers(given, asks=has_terminal() and not as_json)
     drafted, plan, context = _drafted(answers)
-    from upcycle.planning.first_recipe import commands
+    from upcycle.planning.drafting.first_recipe import commands
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +95,7 @@ def _answers(given: dict[str, Any], asks: bool) -> Any:
     Raises:
         UsageError: the model was not named, and there is no terminal to ask on.
     """
-    from upcycle.planning.first_recipe import Answers
+    from upcycle.planning.drafting.first_recipe import Answers
 
     if not asks and not given["model"]:
         raise UsageError(
@@ -121,7 +122,7 @@ def has_terminal() -> bool:
 def _asked(question: str, name: str) -> Any:
     if name == "train":
         return click.confirm(question, default=False, err=True)
-    choices = {"goal": GOALS, "engine": ENGINES}.get(name)
+    choices = {"goal": _GOALS, "engine": _RUNNERS}.get(name)
     default = {"model": "demo", "text": ""}.get(name, choices[0] if choices else None)
     kind = click.Choice(choices) if choices else None
     return click.prompt(question, default=default, type=kind, show_default=name != "text", err=True)
@@ -137,7 +138,7 @@ def _drafted(answers: Any) -> tuple[Any, Any, int | None]:
 
     from upcycle.architectures.usual_keys import usual_keys
     from upcycle.conversion.jobs import job_of
-    from upcycle.planning.first_recipe import draft, is_faster, recipes_for
+    from upcycle.planning.drafting.first_recipe import draft, is_faster, recipes_for
     from upcycle.recipe.conversion_recipe import parse_recipe
     from upcycle.registry import find
 
