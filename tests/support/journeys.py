@@ -5,6 +5,7 @@ python -P tests/support/journeys.py docs/measured/journeys.md
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -104,7 +105,7 @@ class Journey:
         return text
 
 
-TEXT = "docs.txt"
+TEXT = "docs.jsonl"
 
 
 def faster_model(journey: Journey) -> None:
@@ -144,7 +145,7 @@ def three_fine_tunes(journey: Journey) -> None:
     journey.named(r"^upcycle push SOURCE|^upcycle push OUT YOU/NAME", OUT="mixed", YOU__NAME="alice/mixed")
 
 
-FEW = "--set stages.0.tokens=2048 --set length=128 --set global_batch=4 --set micro_batch=4"
+FEW = "--set stages.0.tokens=2048 --set stages.0.schedule.warmup=1 --set length=128 --set global_batch=4 --set micro_batch=4"
 JOURNEYS = {
     "A faster model": faster_model,
     "A bigger model from mine": bigger_model,
@@ -157,17 +158,23 @@ model is the demo, training is cut to a few steps (`--set`), and the hub is one 
 by `python -P tests/support/journeys.py docs/measured/journeys.md`."""
 
 
+def rows(path: Path, text: str) -> None:
+    """Write a text as rows of a file, as corpora are."""
+    parts = [text[place : place + 2_000] for place in range(0, len(text), 2_000)]
+    path.write_text("".join(json.dumps({"text": part}) + "\n" for part in parts), encoding="utf-8")
+
+
 def prepared(folder: Path, title: str) -> None:
     """Write what a user of this journey has: a text, and for the third the fine-tunes."""
     import upcycle
     from upcycle.text.reading.plain_text import read_text
 
-    (folder / TEXT).write_text(read_text("prose")[:80_000], encoding="utf-8")
+    rows(folder / TEXT, read_text("prose")[:80_000])
     if title != "My three fine-tunes in one":
         return
     for number, (name, text) in enumerate((("prose", "prose"), ("code", "code"), ("docs", "prose"))):
-        data = folder / f"{name}.txt"
-        data.write_text(read_text(text)[number * 30_000 : (number + 1) * 30_000], encoding="utf-8")
+        data = folder / f"{name}.jsonl"
+        rows(data, read_text(text)[number * 30_000 : (number + 1) * 30_000])
         stages = [{"steps": 2, "learning_rate": 3e-4}]
         keys = {"model": "demo", "output": str(folder / f"{name}-run"), "data": str(data), "length": 64}
         upcycle.train({**keys, "global_batch": 2, "micro_batch": 2, "stages": stages})
