@@ -6,12 +6,12 @@ T tokens, E experts, K per token, S sampled tokens, d the hidden size.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle.errors import CheckpointError, UsageError
-from upcycle.files.atomic_files import write_whole
 from upcycle.files.formats.parsing import parse_json
 
 if TYPE_CHECKING:
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 OBSERVATIONS_FILE = "observations.safetensors"
 FEW_TOKENS = 32  # below that, an expert's numbers say little
 _FORMAT = "3"
-_AGAIN = "upcycle observe MOE FILE --calibration TEXT"
-_STREAMS = "streams"
-_PER_EXPERT = ("load", "weight", "score", "norm", "saliency", "logits_gram", "bias", "mean_output", "gated_output")
+AGAIN = "upcycle observe MOE FILE --calibration TEXT"
+STREAMS = "streams"
+PER_EXPERT = ("load", "weight", "score", "norm", "saliency", "logits_gram", "bias", "mean_output", "gated_output")
 
 
 @dataclass(frozen=True)
@@ -101,24 +101,16 @@ class Observations:
             of these, on sampled tokens.
     """
 
-    layers: dict[int, LayerObservations]
+    layers: Mapping[int, LayerObservations]
     model: str
     top_k: int
     text: dict[str, Any]
     streams: torch.Tensor
 
-    def write(self, path: Path) -> None:
-        """Write the file; it appears complete or not at all."""
-        from safetensors.torch import save_file
-
-        tensors = {
-            f"{layer}.{field.name}": getattr(seen, field.name).contiguous()
-            for layer, seen in self.layers.items()
-            for field in fields(LayerObservations)
-        }
-        tensors[_STREAMS] = self.streams.contiguous()
+    def about_file(self) -> dict[str, str]:
+        """Return what a file of these observations says of itself."""
         about = {"upcycle": "observations", "format": _FORMAT, "model": self.model, "top_k": str(self.top_k)}
-        write_whole(path, lambda partial: save_file(tensors, partial, {**about, "text": json.dumps(self.text)}))
+        return {**about, "text": json.dumps(self.text)}
 
     @staticmethod
     def about(path: Path) -> dict[str, Any]:
@@ -131,14 +123,14 @@ class Observations:
         from safetensors import SafetensorError, safe_open
 
         if not path.is_file():
-            raise UsageError(f"observations: {path} is not there", hint=f"{_AGAIN} makes it")
+            raise UsageError(f"observations: {path} is not there", hint=f"{AGAIN} makes it")
         try:
             with safe_open(path, "pt") as file:
                 found = file.metadata() or {}
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: not a whole safetensors file ({error})", hint=_AGAIN) from None
+            raise CheckpointError(f"{path}: not a whole safetensors file ({error})", hint=AGAIN) from None
         if found.get("upcycle") != "observations" or found.get("format") != _FORMAT:
-            raise UsageError(f"{path} holds no observations of this version", hint=_AGAIN)
+            raise UsageError(f"{path} holds no observations of this version", hint=AGAIN)
         try:
             return {
                 "model": found["model"],
@@ -146,34 +138,23 @@ class Observations:
                 "text": dict(parse_json(found["text"], str(path))),
             }
         except (CheckpointError, KeyError, ValueError, TypeError):
-            raise CheckpointError(f"{path}: what it says of itself is damaged", hint=_AGAIN) from None
+            raise CheckpointError(f"{path}: what it says of itself is damaged", hint=AGAIN) from None
 
     @classmethod
     def read(cls, path: Path) -> Observations:
-        """Read a file that :meth:`write` wrote.
+        """Open a file of observations, whose numbers are read when they are asked for.
 
         Raises:
             UsageError: there is no such file, or it holds something else.
             CheckpointError: it is damaged.
         """
-        from safetensors.torch import load_file
+        from upcycle.methods.compressing.observations_file import StoredLayers
 
-        about = cls.about(path)
-        names = {field.name for field in fields(LayerObservations)}
-        layers: dict[str, dict[str, torch.Tensor]] = {}
-        tensors = load_file(path)
-        streams = tensors.pop(_STREAMS, None)
-        if streams is None or streams.dim() != 2 or len({*streams.shape}) != 1 or not bool(streams.isfinite().all()):
-            raise CheckpointError(f"{path}: '{_STREAMS}' is not whole, or not finite", hint=_AGAIN)
-        for name, tensor in tensors.items():
-            layer, _, field = name.partition(".")
-            layers.setdefault(layer, {})[field] = tensor
-        for layer, found in layers.items():
-            whole = layer.isdecimal() and set(found) == names and len({len(found[name]) for name in _PER_EXPERT}) == 1
-            if not whole or not all(bool(tensor.isfinite().all()) for tensor in found.values()):
-                raise CheckpointError(f"{path}: layer {layer} is not whole, or not finite", hint=_AGAIN)
-        seen = {int(layer): LayerObservations(**found) for layer, found in layers.items()}
-        return cls(dict(sorted(seen.items())), about["model"], about["top_k"], about["text"], streams)
+        about, layers = cls.about(path), StoredLayers(path)
+        streams = layers.tensor(STREAMS) if layers.has(STREAMS) else None
+        if streams is None or streams.dim() != 2 or len({*streams.shape}) != 1:
+            raise CheckpointError(f"{path}: '{STREAMS}' is not whole", hint=AGAIN)
+        return cls(layers, about["model"], about["top_k"], about["text"], streams)
 
 
 def noted(seen: Observations, progress: Progress) -> Observations:
