@@ -21,7 +21,9 @@ LAYERS = (0, 3, 12)
 
 def layers() -> dict[int, LayerObservations]:
     """Odd numbers of fp32 numbers, behind which fp64 ones must begin at a multiple of 8 bytes all the same."""
-    return {i: replace(random_observations(5, i, tokens=7), neurons=torch.arange(5.0 * (3 + i)).view(5, -1)) for i in LAYERS}
+    return {
+        i: replace(random_observations(5, i, tokens=7), neurons=torch.arange(5.0 * (3 + i)).view(5, -1)) for i in LAYERS
+    }
 
 
 @pytest.fixture

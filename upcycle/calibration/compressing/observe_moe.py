@@ -15,7 +15,14 @@ from upcycle.calibration.compressing.experts_in_files import layers_with_experts
 from upcycle.calibration.compressing.moe_walk import ExpertRun, MoeWalk, Routed
 from upcycle.errors import CheckpointError
 from upcycle.files.atomic_files import write_whole
-from upcycle.methods.compressing.observations import STREAMS, LayerObservations, Observations
+from upcycle.methods.compressing.observations import (
+    MOST_GRAM,
+    MOST_OUTPUTS,
+    MOST_STREAMS,
+    STREAMS,
+    LayerObservations,
+    Observations,
+)
 from upcycle.methods.compressing.observations_file import NAMES, ObservationsWriter
 from upcycle.models.experts import expert_outputs
 from upcycle.progress import Progress
@@ -28,9 +35,6 @@ if TYPE_CHECKING:
 MOST_SAMPLED = 2048  # tokens per layer on which all experts run
 _SAMPLED_NUMBERS = 8_000_000  # of all products of outputs that are kept of one layer
 _PERCENTILES = 101
-MOST_STREAMS = 32_000_000  # numbers of streams behind all layers that are in memory
-MOST_GRAM = 2**24  # numbers in the products of neurons that are kept of one layer
-MOST_OUTPUTS = 2**25  # numbers of all experts' outputs that are in memory
 
 
 def sampled_tokens(experts: int) -> int:

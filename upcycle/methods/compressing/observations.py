@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 OBSERVATIONS_FILE = "observations.safetensors"
 FEW_TOKENS = 32  # below that, an expert's numbers say little
+MOST_STREAMS = 32_000_000  # numbers of streams behind all layers that are in memory while a model is observed
+MOST_OUTPUTS = 2**25  # numbers of all experts' outputs on sampled tokens that are
+MOST_GRAM = 2**24  # numbers in the products of neurons, or of inputs, that are kept of one layer
 _FORMAT = "3"
 AGAIN = "upcycle observe MOE FILE --calibration TEXT"
 STREAMS = "streams"
