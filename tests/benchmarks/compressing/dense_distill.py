@@ -94,7 +94,7 @@ def recipe(start: Path, parent: Path, tokens: int, work: Path, data: dict[str, A
     return {
         "model": str(start),
         "output": str(work),
-        "data": data,
+        "data": {**data, "validation": {"tokens": 4096}},  # what counts is measured behind the run
         "length": LENGTH,
         "global_batch": BATCH,
         "micro_batch": BATCH,

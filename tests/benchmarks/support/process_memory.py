@@ -1,7 +1,7 @@
 """The memory of a command and of all its children: what they have of their own, and what they have of files.
 
 ``VmHWM`` and ``ru_maxrss`` are of one process, and do not say what they are made of. Here the whole tree is looked at every
-hundredth of a second; a peak that is shorter than that is missed, which is why the kernel's own peak of the largest process is kept
+twentieth of a second; a peak that is shorter than that is missed, which is why the kernel's own peak of the largest process is kept
 beside, and the larger of both counts.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-_EVERY = 0.01
+_EVERY = 0.05
 _KILO = 1024
 
 

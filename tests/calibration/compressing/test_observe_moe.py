@@ -18,8 +18,9 @@ from upcycle.calibration.compressing import moe_walk, observe_moe
 from upcycle.calibration.compressing.observe_moe import observe_layers, sampled_tokens
 from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 from upcycle.errors import CheckpointError
-from upcycle.methods.compressing.observations import LayerObservations, Observations
-from upcycle.methods.compressing.observations_file import NAMES
+from upcycle.methods.compressing.observations import Observations
+from upcycle.methods.compressing.observations_file import OBSERVED
+from upcycle.methods.compressing.observed_layer import LayerObservations
 from upcycle.progress import SILENT
 
 pytestmark = pytest.mark.one_in(4)  # the other cases are long
@@ -39,7 +40,7 @@ def observed(folder: Path, windows: torch.Tensor) -> Observations:
     with TemporaryDirectory() as made:
         seen = observe_layers(MoeCheckpoint.open(str(folder)), "keep", windows, {}, SILENT, Path(made) / "seen")
         layers = {
-            layer: LayerObservations(**{name: getattr(found, name) for name in NAMES})
+            layer: LayerObservations(**{name: getattr(found, name) for name in OBSERVED})
             for layer, found in seen.layers.items()
         }
         return replace(seen, layers=layers)

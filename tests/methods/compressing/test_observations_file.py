@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from upcycle.errors import CheckpointError
 from upcycle.files.formats.tensor_files import SafetensorsFile
 from upcycle.methods.compressing import observations_file
-from upcycle.methods.compressing.observations import STREAMS, LayerObservations, Observations
-from upcycle.methods.compressing.observations_file import NAMES, ObservationsWriter
+from upcycle.methods.compressing.observations import STREAMS, Observations
+from upcycle.methods.compressing.observations_file import OBSERVED, ObservationsWriter
+from upcycle.methods.compressing.observed_layer import LayerObservations
 
 LAYERS = (0, 3, 12)
 
@@ -29,7 +30,7 @@ def layers() -> dict[int, LayerObservations]:
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     about = Observations({}, "of these weights", 2, {"text": ["ä", "b"]}, torch.zeros(0)).about_file()
-    with ObservationsWriter(tmp_path / "seen", about, len(NAMES) * len(LAYERS) + 1) as file:
+    with ObservationsWriter(tmp_path / "seen", about, len(OBSERVED) * len(LAYERS) + 1) as file:
         for layer, seen in layers().items():
             file.write_layer(layer, seen)
         file.write(STREAMS, torch.eye(4).double())
@@ -42,7 +43,7 @@ def test_other_readers_and_ours_find_the_same_numbers(path: Path) -> None:
     assert torch.equal(ours.streams, torch.eye(4).double())
     assert [*ours.layers] == [*LAYERS]
     for layer, seen in layers().items():
-        for name in NAMES:
+        for name in OBSERVED:
             expected, found = getattr(seen, name), getattr(ours.layers[layer], name)
             assert found.dtype == expected.dtype
             assert torch.equal(found, expected), name
@@ -63,7 +64,7 @@ def test_few_numbers_are_held(path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(observations_file, "_HELD_BYTES", 400)
     seen = Observations.read(path)
     for layer in seen.layers.values():
-        for name in NAMES:
+        for name in OBSERVED:
             getattr(layer, name)
     held = seen.layers._held  # type: ignore[attr-defined]
     assert len(held) == 1 or sum(tensor.nbytes for tensor in held.values()) <= 400

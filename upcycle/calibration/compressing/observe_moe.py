@@ -20,10 +20,10 @@ from upcycle.methods.compressing.observations import (
     MOST_OUTPUTS,
     MOST_STREAMS,
     STREAMS,
-    LayerObservations,
     Observations,
 )
-from upcycle.methods.compressing.observations_file import NAMES, ObservationsWriter
+from upcycle.methods.compressing.observations_file import OBSERVED, ObservationsWriter
+from upcycle.methods.compressing.observed_layer import LayerObservations
 from upcycle.models.experts import expert_outputs
 from upcycle.progress import Progress
 from upcycle.trainers.routing.stock_routers import selection_bias
@@ -67,7 +67,7 @@ def observe_layers(
         CheckpointError: the states are not finite, or the MoE's files changed meanwhile.
     """
     walk = MoeWalk(layers_with_experts_in_files(checkpoint, dtype), windows.shape[1])
-    tensors = (len(NAMES) * len(walk.places)) + 1
+    tensors = (len(OBSERVED) * len(walk.places)) + 1
     model = checkpoint.model
     about = Observations({}, checkpoint.fingerprint, model.top_k, text, torch.zeros(0)).about_file()
 

@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from upcycle.errors import CheckpointError
 from upcycle.files.formats.tensor_files import SafetensorsFile
 from upcycle.files.formats.tensor_spec import CODES
-from upcycle.methods.compressing.observations import AGAIN, PER_EXPERT, LayerObservations
+from upcycle.methods.compressing.observed_layer import LayerObservations
 
 if TYPE_CHECKING:
     import torch
 
+AGAIN = "upcycle observe MOE FILE --calibration TEXT"
 _ENTRY_BYTES = 200  # of a header, which says of a tensor its name, dtype, shape and place
 _HELD_BYTES = 1 << 28  # of numbers that were read and stay in memory
 _FILLED = "filled"  # a number that nobody reads, so that those behind it begin at multiples of 8 bytes
-NAMES = tuple(field.name for field in fields(LayerObservations))
+OBSERVED = tuple(field.name for field in fields(LayerObservations))
+_PER_EXPERT = ("load", "weight", "score", "norm", "saliency", "logits_gram", "bias", "mean_output", "gated_output")
 
 
 class ObservationsWriter:
@@ -60,7 +62,7 @@ class ObservationsWriter:
 
     def write_layer(self, layer: int, seen: LayerObservations) -> None:
         """Write what was observed of a layer."""
-        for name in NAMES:
+        for name in OBSERVED:
             self.write(f"{layer}.{name}", getattr(seen, name))
 
     def close(self) -> None:
@@ -97,8 +99,8 @@ class StoredLayers(Mapping[int, LayerObservations]):
             if field and not field.endswith(f".{_FILLED}"):
                 found.setdefault(layer, set()).add(field)
         for layer, names in found.items():
-            whole = layer.isdecimal() and names == set(NAMES)
-            shapes = [self._file.specs[f"{layer}.{name}"].shape for name in PER_EXPERT if whole]
+            whole = layer.isdecimal() and names == set(OBSERVED)
+            shapes = [self._file.specs[f"{layer}.{name}"].shape for name in _PER_EXPERT if whole]
             if not whole or not all(shapes) or len({shape[0] for shape in shapes}) != 1:
                 raise CheckpointError(f"{path}: layer {layer} is not whole", hint=AGAIN)
         self._layers = sorted(map(int, found))
@@ -143,7 +145,7 @@ class _StoredLayer(LayerObservations):
         object.__setattr__(self, "_layer", layer)
 
     def __getattr__(self, name: str) -> torch.Tensor:
-        if name not in NAMES:
+        if name not in OBSERVED:
             raise AttributeError(name)
         layers: StoredLayers = self.__dict__["_layers"]
         return layers.tensor(f"{self.__dict__['_layer']}.{name}")
