@@ -2,7 +2,7 @@
 
 The parent is ``small_moe.py``'s: 16 experts of 144 neurons, 4 per token. It is observed once; ``to_dense`` makes dense models of 576
 neurons (as many as run for a token) and of 144 (what an average or a sum of experts has). Each is then trained with the parent as
-teacher (its next-token distribution, the outputs of its FFNs, and the text: the losses of ``configs/train/heal_distill.yaml``) on the
+teacher (its next-token distribution, the outputs of its FFNs, and the text: the losses of ``configs/train/distill_dense.yaml``) on the
 same batches of the text that the parent was trained on. Perplexity on other documents of the same kinds, and on news, a kind that
 nothing was trained on.
 
@@ -14,7 +14,7 @@ likewise; and where ``small_moe.py --dense`` has made it, the demo model trained
 
     python -P tests/benchmarks/compressing/dense_distill.py --out docs/measured/to_dense.md
 
-It takes 8 minutes of one processor for each of ten models; ``--widths 576 --rivals`` makes three of them.
+It takes 8 minutes of one processor for each of twelve models; ``--widths 576 --rivals`` makes three of them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from upcycle.calibration.compressing.observe_file import observe
 CALIBRATED = 16_384
 LENGTH, BATCH = 256, 8
 WIDE, NARROW = 576, 144
-DISTILLATION = {"logits": 1.0, "ffn": 1.0, "next_token": 1.0}  # configs/train/heal_distill.yaml
+DISTILLATION = {"logits": 1.0, "ffn": 1.0, "next_token": 1.0}  # configs/train/distill_dense.yaml
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,16 @@ class Way:
 
 
 WAYS = (
-    Way("ours: the best neurons, refitted", WIDE, "neurons", "down"),
+    Way("ours: fitted neurons, refitted", WIDE, "fitted", "down"),
     Way("pruned by static pruning's score", WIDE, "neurons", rival=True),
     Way("pruned by magnitude", WIDE, "top_kg", rival=True),
+    Way("the neurons that add most, refitted", WIDE, "neurons", "down"),
     Way("top_kg, refitted", WIDE, "top_kg", "down"),
     Way("svd_kg, refitted", WIDE, "svd_kg", "down"),
     Way("demo model", WIDE, None),
-    Way("ours: the best neurons, refitted", NARROW, "neurons", "down"),
+    Way("ours: fitted neurons, refitted", NARROW, "fitted", "down"),
     Way("pruned by static pruning's score", NARROW, "neurons", rival=True),
+    Way("the neurons that add most, refitted", NARROW, "neurons", "down"),
     Way("average of the experts, refitted", NARROW, "average", "down"),
     Way("sum of the experts, refitted", NARROW, "sum", "down"),
 )
@@ -196,22 +198,23 @@ def main() -> int:
             results.append(Result(way, before, perplexities(run / "model", evaluation), seconds))
             shutil.rmtree(run)
             print(table(whole, results[-1:]).splitlines()[-1], flush=True)
-    made = table(whole, results)
-    print(made)
-    code = report(f"to_dense and {options.tokens:,} tokens of distillation", ("ours", "rival"), verdicts(results))
-    if options.out:
-        options.out.write_text(page(made, options.tokens, options.rate, verdicts(results)), encoding="utf-8")
-    return code
+            if options.out:  # as far as it is
+                options.out.write_text(
+                    page(table(whole, results), options.tokens, options.rate, results), encoding="utf-8"
+                )
+    print(table(whole, results))
+    return report(f"to_dense and {options.tokens:,} tokens of distillation", ("ours", "rival"), verdicts(results))
 
 
-def page(made: str, tokens: int, rate: float, rows: Sequence[Row]) -> str:
+def page(made: str, tokens: int, rate: float, results: Sequence[Result]) -> str:
     """The page of the documentation."""
+    rows = verdicts(results)
     met = sum(row.passed is True for row in rows)
     return f"""# A MoE back to dense
 
 Dense models made of a trained Mixture-of-Experts (`tests/benchmarks/compressing/small_moe.py`: 16 experts of {NARROW} neurons, 4 per
 token) and then trained on {tokens:,} tokens with the MoE as teacher, all on the same batches, with the losses of
-`configs/train/heal_distill.yaml` and a learning rate of {rate:g}. Perplexity on other documents: the geometric mean of the kinds that
+`configs/train/distill_dense.yaml` and a learning rate of {rate:g}. Perplexity on other documents: the geometric mean of the kinds that
 were trained on, and {FOREIGN}, which was not. Calibrated on {CALIBRATED:,} tokens.
 
 {made}

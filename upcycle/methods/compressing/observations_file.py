@@ -48,7 +48,7 @@ class ObservationsWriter:
         """Write a tensor behind the others."""
         import torch
 
-        data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+        data: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
         end = self._position + data.nbytes
         dtype = CODES[str(tensor.dtype).removeprefix("torch.")]
         place = [self._position, end]
