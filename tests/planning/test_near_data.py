@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from fractions import Fraction
 from math import comb
 from pathlib import Path
@@ -12,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 import upcycle
 from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 from upcycle.cli.main import cli
 from upcycle.errors import UsageError
-from upcycle.methods.compressing.observations import Observations
+from upcycle.files.formats.tensor_files import SafetensorsFile
 from upcycle.planning.near_data import ComputingUnit, Expert, LinkedMemories, parse_rate, plan_layer, plan_run, used
 
 EXPERT = Expert(parameters=3 * 64 * 128, nbytes=3 * 64 * 128 * 2, state_bytes=64 * 2)
@@ -98,11 +98,9 @@ def seen(pico_moe: Callable[..., Path], tmp_path: Path) -> tuple[str, str]:
     """A model of two layers with four experts of 2304 numbers each, and observations of it: layer 1 is skewed."""
     folder, path = pico_moe("mixtral"), tmp_path / "seen.safetensors"
     upcycle.observe(folder, path, "demo", 512, window=32)
-    seen = Observations.read(path)
-    skewed = replace(
-        seen.layers[1], tokens=torch.tensor([100.0]).double(), load=torch.tensor([100.0, 60, 30, 10]).double()
-    )
-    replace(seen, layers={**seen.layers, 1: skewed}).write(path)
+    about, tensors = SafetensorsFile(path).metadata, load_file(path)
+    tensors["1.tokens"], tensors["1.load"] = torch.tensor([100.0]).double(), torch.tensor([100.0, 60, 30, 10]).double()
+    save_file(tensors, path, about)
     return str(folder), str(path)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from upcycle.methods.compressing.layer_source import LayerSource, Matrices
-from upcycle.methods.compressing.observations import LayerObservations
+from upcycle.methods.compressing.observed_layer import LayerObservations
 
 
 def random_observations(experts: int, seed: int = 0, tokens: int = 50, top_k: int = 2) -> LayerObservations:

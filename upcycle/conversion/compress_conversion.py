@@ -221,7 +221,7 @@ class CompressConversion(CompressJob, GrowthConversion):
         (folder / LAYER_BLUEPRINTS).mkdir(exist_ok=True)
         path = folder / LAYER_BLUEPRINTS / OBSERVATIONS_FILE
         if not path.exists():
-            observe_layers(checkpoint, self.recipe.dtype, windows, text, progress).write(path)
+            observe_layers(checkpoint, self.recipe.dtype, windows, text, progress, path)
         return noted(Observations.read(path), progress)
 
     def blocks(

@@ -73,7 +73,7 @@ class FolderLayers:
         missing = self._read(None)
         _compute_missing(self.model)
         self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
-        empty = [name for name, weight in _weights(self.model, None) if weight.is_meta]
+        empty = [name for name, weight in _weights(self.model, None) if weight.is_meta and not left_out(name)]
         if empty:
             raise CheckpointError(f"{folder}: stock transformers finds no weight for '{empty[0]}'")
 
@@ -186,13 +186,19 @@ class MeanLayers:
         round_weights(self.model, index, self._rounding)
 
 
-def layers_of(checkpoint: Checkpoint, dtype: str | None = None, outside: bool = True) -> Layers:
+def layers_of(
+    checkpoint: Checkpoint,
+    dtype: str | None = None,
+    outside: bool = True,
+    left_out: Callable[[str], bool] = lambda name: False,
+) -> Layers:
     """Open a source to be read one layer at a time, as stock transformers reads it; a ``.gguf`` file is read as a whole.
 
     Args:
         checkpoint: a dense model, a MoE, a mix (of which the base is read) or a mean of several models.
         dtype: the dtype to round weights to, as a recipe's ``dtype`` means it; None: nothing is rounded.
         outside: whether to read embeddings, the last norm and the head, too.
+        left_out: tells by its name in the stock class whether a weight of a folder is not read.
     """
     from upcycle.checkpoints.merged_checkpoint import MergedCheckpoint
 
@@ -207,7 +213,7 @@ def layers_of(checkpoint: Checkpoint, dtype: str | None = None, outside: bool = 
         for index in (None, *range(len(_layers(whole.model)))):
             round_weights(whole.model, index, rounding)
         return whole
-    return FolderLayers(checkpoint.source.path, rounding, outside)
+    return FolderLayers(checkpoint.source.path, rounding, outside, left_out)
 
 
 def whole_model(checkpoint: Checkpoint, dtype: str | None = None) -> Any:

@@ -15,7 +15,7 @@ from upcycle.files.formats.parsing import read_json
 from upcycle.files.user_paths import user_path
 from upcycle.methods.compressing.base import WRAPPED, Compression
 from upcycle.methods.compressing.described_cuts import Cut, cut_of, described_cut
-from upcycle.methods.compressing.observations import Observations
+from upcycle.methods.compressing.observations import MOST_GRAM, MOST_OUTPUTS, MOST_STREAMS, Observations
 from upcycle.planning.cost import RESIDENT_BYTES, Plan
 from upcycle.planning.growth_job import GrowthJob, shards_of_grown
 from upcycle.planning.job import check_text
@@ -25,6 +25,10 @@ from upcycle.recipe.conversion_recipe import parse_size
 from upcycle.recipe.precision_recipe import FP8_BITS, PrecisionRecipe
 
 CUTS_FILE = "compression.json"
+_WALKED = 4096  # tokens that run at once
+_STATES = (
+    12  # streams of them that a layer holds at once: queries, keys, values, outputs, routers and what is made of them
+)
 
 
 @dataclass(frozen=True)
@@ -122,11 +126,15 @@ class CompressJob(GrowthJob):
         ]
         outside = sum(self.source.specs[name].elements for name in moe.names[None])
         # Two models' streams and layers; where layers are trained, their inputs and targets, gradients and moments.
-        held, copies = {"none": (1, 1), "down": (3, 2), "blocks": (5, 5)}[self.refit]
+        held, copies = {"none": (0, 0), "down": (3, 2), "blocks": (5, 5)}[self.refit]
+        if self.compression.makes:
+            held, copies = max(held, 1), max(copies, 1)
         if self.compression.tries:  # two models are walked side by side
             held, copies = max(held, 3), max(copies, 2)
-        streams = held * plan.calibration_tokens * moe.hidden_size
-        walking = 4 * (copies * max(layers) + outside + 2 * streams) if self.calibrated else 0
+        stream = plan.calibration_tokens * moe.hidden_size
+        walking = 4 * (copies * max(layers) + outside + 2 * held * stream) if self.calibrated and copies else 0
+        if self.calibrated and self.compression.observes and self.recipe.observations is None:
+            walking = max(walking, 4 * observing(moe, max(layers), stream))
         if self.scheme is not None:
             # A layer as it was and as it is cut, its rounded matrices, and a batch of the stream.
             walking = max(walking, 4 * (3 * max(layers) + outside + 3 * plan.calibration_tokens * moe.hidden_size))
@@ -150,6 +158,22 @@ class CompressJob(GrowthJob):
             "quarter to a half left 35 of 70 points in what models write, while multiple choice stayed at 69); name texts of all "
             "kinds that matter: --calibration docs.txt,code.txt,chat.txt"
         ]
+
+
+def observing(moe: MoeModel, layer: int, stream: int) -> int:
+    """Return how many fp32 numbers are in memory at most while experts are observed, which stay in their files.
+
+    Args:
+        moe: the model.
+        layer: the numbers in its largest layer.
+        stream: those in the stream of all tokens.
+    """
+    expert = moe.expert_elements // len(moe.moe_layers) // moe.experts
+    batch = min(stream, _WALKED * moe.hidden_size)
+    outputs = min(MOST_OUTPUTS, moe.experts * batch)
+    kept = min(MOST_STREAMS, (moe.layers + 1) * stream) + 2 * min(MOST_GRAM, moe.experts * moe.hidden_size**2)
+    walked = layer - moe.experts * expert + 3 * expert + outputs + kept + _STATES * batch
+    return stream + max(moe.vocab_size * moe.hidden_size, walked)
 
 
 C = TypeVar("C", bound=CompressJob)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -17,6 +19,8 @@ from upcycle.calibration.compressing.observe_moe import observe_layers, sampled_
 from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 from upcycle.errors import CheckpointError
 from upcycle.methods.compressing.observations import Observations
+from upcycle.methods.compressing.observations_file import OBSERVED
+from upcycle.methods.compressing.observed_layer import LayerObservations
 from upcycle.progress import SILENT
 
 pytestmark = pytest.mark.one_in(4)  # the other cases are long
@@ -33,7 +37,13 @@ def near(found: torch.Tensor, expected: torch.Tensor, what: str) -> None:
 
 
 def observed(folder: Path, windows: torch.Tensor) -> Observations:
-    return observe_layers(MoeCheckpoint.open(str(folder)), "keep", windows, {}, SILENT)
+    with TemporaryDirectory() as made:
+        seen = observe_layers(MoeCheckpoint.open(str(folder)), "keep", windows, {}, SILENT, Path(made) / "seen")
+        layers = {
+            layer: LayerObservations(**{name: getattr(found, name) for name in OBSERVED})
+            for layer, found in seen.layers.items()
+        }
+        return replace(seen, layers=layers)
 
 
 def test_every_architecture_is_here() -> None:
@@ -191,8 +201,8 @@ def test_states_that_overflow_are_an_error_that_names_the_layer(
 ) -> None:
     run: Any = moe_walk.MoeWalk.run
 
-    def broken(walk: Any, index: int, states: torch.Tensor, see: Any = None) -> torch.Tensor:
-        return torch.as_tensor(run(walk, index, states, see) * (float("inf") if index == 1 else 1))
+    def broken(walk: Any, index: int, states: torch.Tensor, *see: Any) -> torch.Tensor:
+        return torch.as_tensor(run(walk, index, states, *see) * (float("inf") if index == 1 else 1))
 
     monkeypatch.setattr(moe_walk.MoeWalk, "run", broken)
     with pytest.raises(CheckpointError, match="layer 1: the calibration states are not finite") as caught:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from upcycle.calibration.compressing import moe_walk
@@ -295,7 +296,7 @@ def _nan(path: Path) -> None:
     with safe_open(path, "pt") as file:
         about = file.metadata()
     tensors = load_file(path)
-    tensors["1.load"][0] = float("nan")
+    tensors["1.sample_gram"][0] = float("nan")
     save_file(tensors, path, about)
 
 
@@ -315,7 +316,7 @@ def _other(path: Path) -> None:
         (_truncate, "not a whole safetensors file", 1),
         (_header_only, "not a whole safetensors file", 1),
         (_without("1.load"), "layer 1 is not whole", 1),
-        (_nan, "layer 1 is not whole, or not finite", 1),
+        (_nan, "'1.sample_gram' is not finite", 1),
         (_about, "what it says of itself is damaged", 1),
         (_other, "holds no observations of this version", 2),
     ],
@@ -351,9 +352,9 @@ def test_observe_refuses_a_folder_that_cannot_be_written_to(
 
 def test_observe_says_that_the_disk_is_full(pico_moe: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr("upcycle.methods.compressing.observations_file.ObservationsWriter.write", full)
     refused(
         "the disk is full while writing",
         "free some space",

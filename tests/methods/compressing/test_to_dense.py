@@ -17,6 +17,7 @@ import upcycle
 from upcycle.architectures.expert_terms import SHARED_FFN, DenseCut
 from upcycle.checkpoints.moe_checkpoint import leading_directions
 from upcycle.conversion import compress_conversion
+from upcycle.methods.compressing.dense_neurons import fitted_neurons, neuron_scores
 from upcycle.methods.compressing.to_dense import ToDense, ToDenseParameters
 
 pytestmark = pytest.mark.one_in(10)  # the other cases are long
@@ -133,6 +134,24 @@ def test_shared_neurons_are_ranked_with_the_others() -> None:
     seen = replace(random_observations(3), shared=torch.full((5,), 1e6), shared_weight=torch.tensor([25.0]).double())
     cut = ToDense(ToDenseParameters()).cut(layer_source(seen), 5)
     assert [(part.terms[0].expert, part.scale) for part in cut.parts] == [(SHARED_FFN, 0.5)]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_fitted_neurons_are_there_once(first: int) -> None:
+    """Experts 0 and 1 are the same, and add most: their neurons are the best ones by score twice, and a dense FFN needs them once."""
+    seen, own = random_observations(3, tokens=60), random_matrices()
+    seen.neurons[:2] = 100.0 + torch.arange(5)
+    seen.neurons[first] += 0.5
+    source = layer_source(seen, lambda expert: own(max(expert, 1)))
+    picked: dict[str, list[tuple[int, int]]] = {}
+    for gather in ("neurons", "fitted"):
+        cut = ToDense(ToDenseParameters(gather=gather)).cut(source, 10)  # type: ignore[arg-type]
+        picked[gather] = [(max(p.terms[0].expert, 1), i) for p in cut.parts for i in p.terms[0].order or ()]
+    assert sorted(picked["neurons"]) == sorted([(1, i) for i in range(5)] * 2)
+    assert sorted(picked["fitted"]) == [(e, i) for e in (1, 2) for i in range(5)]
+    few = fitted_neurons(source, neuron_scores(source), {0: 1.0, 1: 1.0, 2: 1.0}, 5, most=7)
+    assert len(few) == 5
+    assert set(few.tolist()) < {*range(10)}  # the seven of the largest scores
 
 
 def test_a_cut_is_read_as_it_was_written() -> None:

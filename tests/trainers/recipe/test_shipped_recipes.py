@@ -15,6 +15,7 @@ import yaml
 from click.testing import CliRunner
 from training_runs import run, steps, write_text
 
+import upcycle
 from upcycle.architectures.stock import load_stock_model
 from upcycle.checkpoints.checkpoint import DenseCheckpoint
 from upcycle.cli.main import cli
@@ -129,7 +130,7 @@ ROUNDING = 1e-5
 
 def test_every_recipe_names_its_conversion_or_is_for_dense_models() -> None:
     dense = {name for name in RECIPES if named_conversion(name) is None}
-    assert dense == {"d2dmoe_sparsify"}
+    assert dense == {"d2dmoe_sparsify", "distill_dense"}
     assert {words[1] for name in RECIPES if (words := named_conversion(name))} <= set(shipped("convert"))
 
 
@@ -149,6 +150,24 @@ def test_d2dmoe_is_a_plain_sum_of_experts_before_and_after_its_routers_are_taugh
     before, after = moe_of(split).state_dict(), taught.state_dict()
     changed = {key for key, value in before.items() if not torch.equal(value, after[key])}
     assert changed == {f"model.layers.{layer}.mlp.gate.weight" for layer in range(3)}
+
+
+def test_a_dense_model_learns_from_the_moe_that_it_was_made_of(pico: Pico, tmp_path: Path) -> None:
+    """Experts that are copies: their average is the same function, and its teacher has nothing to say; another one has."""
+    quiet: dict[str, Any] = {"verification": {"enabled": False}}
+    moe = {"method": "sparse_upcycling", "experts": 4, "top_k": 2, "target": "mixtral"}
+    upcycle.convert(str(pico("llama")), tmp_path / "moe", **moe, **quiet)
+    upcycle.convert(str(pico("llama")), tmp_path / "other", method="random_split", experts=4, top_k=2, **quiet)
+    keys: dict[str, Any] = {"method": "to_dense", "parameters": {"gather": "average"}, "refit": "none"}
+    text = {"text": "demo", "tokens": 256, "window": 32}
+    upcycle.convert(str(tmp_path / "moe"), tmp_path / "dense", **keys, calibration=text, **quiet)
+    _, _, lines = trained("distill_dense", tmp_path / "dense", tmp_path / "run")
+    assert {key for key in lines[0] if key.startswith("loss/")} == {"loss/kl", "loss/ffn"}
+    assert abs(lines[0]["loss/kl"]) < 1e-6  # before the first step, up to roundings
+    assert 0 <= lines[0]["loss/ffn"] < 1e-6
+    stage = {"steps": 2, "learning_rate": 1e-3, "distillation": {"parent": str(tmp_path / "other"), "ffn": 1.0}}
+    _, _, lines = trained("distill_dense", tmp_path / "dense", tmp_path / "again", stages=[stage])
+    assert lines[0]["loss/kl"] > 1e-3
 
 
 @pytest.mark.long

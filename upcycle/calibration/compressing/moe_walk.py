@@ -55,6 +55,25 @@ class Routed:
     shared_weight: torch.Tensor
 
 
+@dataclass(frozen=True)
+class ExpertRun:
+    """What one expert did with the t tokens that chose it.
+
+    Attributes:
+        expert: its number.
+        x: ``[t, d]``, its inputs.
+        weights: ``[t]``, its weights, fp32.
+        active: ``[t, F]``, the activations of its neurons.
+        output: ``[t, d]``, its output before it is weighted.
+    """
+
+    expert: int
+    x: torch.Tensor
+    weights: torch.Tensor
+    active: torch.Tensor
+    output: torch.Tensor
+
+
 def walk_both(
     uncut: MoeWalk,
     cut: MoeWalk,
@@ -109,6 +128,10 @@ class MoeWalk:
         states, _ = layer_arguments(self.model, self._paths, self.layers, {"input_ids": windows, "use_cache": False})
         return states
 
+    def forget_embeddings(self) -> None:
+        """Free the embeddings, once nothing is embedded any more."""
+        self.model.get_input_embeddings().to("meta")
+
     def norm_behind(self, index: int) -> torch.nn.Module | None:
         """Return the norm that a layer's experts pass before they are added to the stream (FlexOlmo); None: there is none."""
         return getattr(self.layers[index], "post_feedforward_layernorm", None)
@@ -134,13 +157,20 @@ class MoeWalk:
         return (slice(first, min(first + size, count)) for first in range(0, count, size))
 
     @torch.no_grad()
-    def run(self, index: int, states: torch.Tensor, see: Callable[[Routed], None] | None = None) -> torch.Tensor:
+    def run(
+        self,
+        index: int,
+        states: torch.Tensor,
+        see: Callable[[Routed], None] | None = None,
+        see_expert: Callable[[ExpertRun], None] | None = None,
+    ) -> torch.Tensor:
         """Return a loaded layer's output ``[n, W, d]`` for its input of the same shape.
 
         Args:
             index: the layer.
             states: its input.
             see: receives what its router and experts did, if it has any; it runs without gradients, too.
+            see_expert: receives what every chosen expert did, one after another, before that.
         """
         place = self.places.get(index)
         layer = self.layers[index]
@@ -161,7 +191,7 @@ class MoeWalk:
             ),
         ]
         try:
-            with Recorder[Any](layer) as recorder:
+            with Recorder[Any](layer) as recorder, _seen(place.experts, see_expert):
                 watch_router(
                     recorder, place.block, place.router, lambda logits, weights, experts: (logits, weights, experts)
                 )
@@ -195,6 +225,36 @@ class MoeWalk:
             )
             self._arguments[count] = seen
         return self._arguments[count][index]
+
+
+@contextmanager
+def _seen(experts: Any, see: Callable[[ExpertRun], None] | None) -> Iterator[None]:
+    """Let a stock class's experts compute in the ``with`` block as their class does ("eager"), and hand on what each one did.
+
+    What they did is needed as well as their sum, and would have to be computed twice otherwise.
+    """
+
+    def forward(x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros_like(x)
+        for expert in range(len(experts.down_proj)):
+            tokens, slots = torch.where(chosen == expert)
+            if len(tokens):
+                own, inputs = weights[tokens, slots], x[tokens]
+                active = active_neurons(experts, inputs, expert)
+                output = linear(active, experts.down_proj[expert].detach())
+                total.index_add_(0, tokens, (output * own[:, None]).to(total.dtype))
+                assert see is not None
+                see(ExpertRun(expert, inputs, own.float(), active, output))
+        return total
+
+    if see is None:
+        yield
+        return
+    experts.forward = forward
+    try:
+        yield
+    finally:
+        del experts.forward
 
 
 def shared_modules(place: RouterPlace) -> tuple[torch.nn.Module | None, torch.nn.Module | None]:

@@ -80,10 +80,8 @@ def observe(
         kept.unlink(missing_ok=True)
     assert windows is not None
     about = {**text_record(recipe, windows), **traces(wanted)}
-    seen = observe_layers(checkpoint, dtype, windows, about, progress)
-    checkpoint.check_unchanged()
     with explained_system_errors(out):
-        seen.write(out)
+        seen = observe_layers(checkpoint, dtype, windows, about, progress, out)
     noted(seen, progress)
     layers = [
         {"layer": layer, "unused": int((found.load == 0).sum()), "few": int((found.load < FEW_TOKENS).sum())}

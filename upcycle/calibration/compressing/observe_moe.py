@@ -5,15 +5,26 @@ T tokens, E experts, K per token, S sampled tokens, d the hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from upcycle.calibration.compressing.moe_walk import MoeWalk, Routed, active_neurons
+from upcycle.calibration.compressing.experts_in_files import layers_with_experts_in_files
+from upcycle.calibration.compressing.moe_walk import ExpertRun, MoeWalk, Routed
 from upcycle.errors import CheckpointError
-from upcycle.methods.compressing.observations import LayerObservations, Observations
+from upcycle.files.atomic_files import write_whole
+from upcycle.methods.compressing.observations import (
+    MOST_GRAM,
+    MOST_OUTPUTS,
+    MOST_STREAMS,
+    STREAMS,
+    Observations,
+)
+from upcycle.methods.compressing.observations_file import OBSERVED, ObservationsWriter
+from upcycle.methods.compressing.observed_layer import LayerObservations
 from upcycle.models.experts import expert_outputs
-from upcycle.models.stock_layers import layers_of
 from upcycle.progress import Progress
 from upcycle.trainers.routing.stock_routers import selection_bias
 
@@ -24,8 +35,6 @@ if TYPE_CHECKING:
 MOST_SAMPLED = 2048  # tokens per layer on which all experts run
 _SAMPLED_NUMBERS = 8_000_000  # of all products of outputs that are kept of one layer
 _PERCENTILES = 101
-MOST_STREAMS = 32_000_000  # numbers of streams behind all layers that are in memory
-MOST_GRAM = 2**24  # numbers in the products of neurons that are kept of one layer
 
 
 def sampled_tokens(experts: int) -> int:
@@ -42,9 +51,9 @@ def gram_shape(experts: int, hidden: int) -> tuple[int, ...]:
 
 
 def observe_layers(
-    checkpoint: MoeCheckpoint, dtype: str, windows: torch.Tensor, text: dict[str, Any], progress: Progress
+    checkpoint: MoeCheckpoint, dtype: str, windows: torch.Tensor, text: dict[str, Any], progress: Progress, path: Path
 ) -> Observations:
-    """Observe every layer in one pass over the text, with one layer in memory.
+    """Observe every layer in one pass over the text, into a file; one layer without its experts is in memory, and one expert.
 
     Args:
         checkpoint: the MoE.
@@ -52,39 +61,61 @@ def observe_layers(
         windows: the text, token ids ``[N, W]``.
         text: what ``upcycle.json`` says of the text.
         progress: where to report.
+        path: the file, which appears complete or not at all.
 
     Raises:
-        CheckpointError: the states are not finite.
+        CheckpointError: the states are not finite, or the MoE's files changed meanwhile.
     """
-    walk = MoeWalk(layers_of(checkpoint, dtype), windows.shape[1])
-    found: dict[int, LayerObservations] = {}
-    every, sampled = stream_step(windows.numel(), len(walk.layers), checkpoint.model.hidden_size), []
-    with progress.phase("observing experts", len(walk.layers)):
-        states = torch.cat([walk.embed(windows[batch]) for batch in walk.batches(len(windows))])
-        sampled.append(_directions(states, every))
-        for index in range(len(walk.layers)):
+    walk = MoeWalk(layers_with_experts_in_files(checkpoint, dtype), windows.shape[1])
+    tensors = (len(OBSERVED) * len(walk.places)) + 1
+    model = checkpoint.model
+    about = Observations({}, checkpoint.fingerprint, model.top_k, text, torch.zeros(0)).about_file()
+
+    def write(partial: Path) -> None:
+        with ObservationsWriter(partial, about, tensors) as file:
+            file.write(STREAMS, _observed(walk, windows, model, progress, file.write_layer))
+        checkpoint.check_unchanged()
+
+    write_whole(path, write)
+    return Observations.read(path)
+
+
+def _observed(
+    walk: MoeWalk,
+    windows: torch.Tensor,
+    model: MoeModel,
+    progress: Progress,
+    found: Callable[[int, LayerObservations], None],
+) -> torch.Tensor:
+    """Walk the layers, hand on what each did, and return the cosines of the streams, fp64 ``[L + 1, L + 1]``."""
+    count, hidden = len(walk.layers), model.hidden_size
+    every = stream_step(windows.numel(), count, hidden)
+    streams = torch.empty(count + 1, -(-windows.numel() // every), hidden)
+    with progress.phase("observing experts", count):
+        states = torch.empty(*windows.shape, hidden)
+        for batch in walk.batches(len(windows)):
+            states[batch] = walk.embed(windows[batch])
+        walk.forget_embeddings()
+        streams[0] = _directions(states, every)
+        for index in range(count):
             with walk.loaded(index):
-                sums = None
-                if index in walk.places:
-                    sums = _Sums(walk, index, windows.numel(), checkpoint.model)
+                sums = _Sums(walk, index, windows.numel(), model) if index in walk.places else None
                 for batch in walk.batches(len(windows)):
-                    before = states[batch]
-                    after = walk.run(index, before, sums.add if sums else None)
+                    after = walk.run(index, states[batch], *((sums.add, sums.add_expert) if sums else ()))
                     if sums:
                         sums.compare(after)
                     states[batch] = after
                 if sums:
-                    found[index] = sums.result()
+                    found(index, sums.result())
             if not bool(states.isfinite().all()):
                 raise CheckpointError(
                     f"layer {index}: the calibration states are not finite",
                     hint="compress the checkpoint in the dtype it was trained in",
                 )
-            sampled.append(_directions(states, every))
+            streams[index + 1] = _directions(states, every)
             progress.advance()
-    streams = torch.stack(sampled)  # [L + 1, s, d]
-    cosines = torch.einsum("lsd,msd->lm", streams, streams).double() / streams.shape[1]
-    return Observations(found, checkpoint.fingerprint, checkpoint.model.top_k, text, cosines)
+    flat = streams.flatten(1)
+    return (flat @ flat.T).double() / streams.shape[1]
 
 
 def stream_step(tokens: int, layers: int, hidden: int) -> int:
@@ -139,7 +170,6 @@ class _Sums:
             self._shared_weight += routed.shared_weight.double().sum().item()
         if len(self._input_gram) == 1 < len(self._load):
             self._input_gram[0] += routed.x.T @ routed.x
-        self._chosen(routed, weights)
         self._sample(routed)
         self._tokens += len(routed.x)
 
@@ -148,40 +178,39 @@ class _Sums:
         scores = logits.sigmoid() if self._sigmoid else logits.softmax(-1)
         return scores / scores.sum(-1, keepdim=True)
 
-    def _chosen(self, routed: Routed, weights: torch.Tensor) -> None:
-        """Add the norms of the outputs of the chosen experts, expert by expert."""
-        for expert in range(len(self._load)):
-            tokens, slots = torch.where(routed.experts == expert)
-            if len(tokens):
-                x, own = routed.x[tokens], weights[tokens, slots]
-                norms = self._output(x, expert).double().norm(dim=1)
-                if len(self._input_gram) == len(self._load):
-                    self._input_gram[expert] += x.T @ x
-                active = own.float()[:, None] * active_neurons(self._place.experts, x, expert)
-                self._neurons[expert] += active.square().sum(0)
-                if self._neuron_gram.numel():
-                    self._neuron_gram[expert] += active.T @ active
-                self._norm[expert] += norms.sum()
-                self._saliency[expert] += (norms * own).sum()
-
-    def _output(self, x: torch.Tensor, expert: int) -> torch.Tensor:
-        """Return the output ``[t, d]`` of an expert, by the stock class's own code."""
-        chosen = torch.full((len(x), 1), expert)
-        made: torch.Tensor = self._place.experts(x, chosen, torch.ones(chosen.shape, dtype=x.dtype))
-        return made
+    def add_expert(self, run: ExpertRun) -> None:
+        """Add what a chosen expert did."""
+        expert, norms = run.expert, run.output.double().norm(dim=1)
+        if len(self._input_gram) == len(self._load):
+            self._input_gram[expert] += run.x.T @ run.x
+        active = run.weights[:, None] * run.active
+        self._neurons[expert] += active.square().sum(0)
+        if self._neuron_gram.numel():
+            self._neuron_gram[expert] += active.T @ active
+        self._norm[expert] += norms.sum()
+        self._saliency[expert] += (norms * run.weights.double()).sum()
 
     def _sample(self, routed: Routed) -> None:
         first = -int(self._tokens) % self._every
         taken = torch.arange(first, len(routed.x), self._every)
-        if not len(taken):
-            return
-        outputs = torch.stack(list(expert_outputs(self._place.experts, routed.x[taken])), dim=1)  # [s, E, d]
+        at_once = max(1, MOST_OUTPUTS // (len(self._load) * routed.x.shape[1]))
+        for some in taken.split(at_once) if len(taken) else ():
+            outputs = torch.empty(len(some), len(self._load), routed.x.shape[1])  # [s, E, d]
+            for expert, made in enumerate(expert_outputs(self._place.experts, routed.x[some])):
+                outputs[:, expert] = made
+            self._add_sample(routed, some, outputs)
+
+    def _add_sample(self, routed: Routed, taken: torch.Tensor, outputs: torch.Tensor) -> None:
+        """Add tokens on which all experts ran."""
         weights = torch.zeros(len(taken), len(self._load)).scatter_(1, routed.experts[taken], routed.weights[taken])
         self._sampled.append((routed.logits[taken], weights, outputs @ outputs.mT, routed.x[taken].float()))
-        total = outputs.double().sum(0)
-        gated = torch.einsum("se,sed->ed", self._shares(routed.logits[taken].double()), outputs.double())
-        self._mean = total if not self._mean.numel() else self._mean + total
-        self._gated = gated if not self._gated.numel() else self._gated + gated
+        if not self._mean.numel():
+            self._mean, self._gated = (torch.zeros(outputs.shape[1:], dtype=torch.float64) for _ in range(2))
+        shares = self._shares(routed.logits[taken].double())
+        for expert in range(len(self._load)):  # in fp64, of one expert at a time
+            own = outputs[:, expert].double()
+            self._mean[expert] += own.sum(0)
+            self._gated[expert] += shares[:, expert] @ own
 
     def compare(self, after: torch.Tensor) -> None:
         """Add the cosine of the stream before and behind the experts, given the layer's output ``[n, W, d]``."""

@@ -18,7 +18,7 @@ from statistics import fmean
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.architectures.stored_moe import MOES
 from upcycle.calibration.compressing.observe_file import observe
-from upcycle.calibration.compressing.observe_moe import MOST_GRAM, gram_shape, sampled_tokens
+from upcycle.calibration.compressing.observe_moe import gram_shape, sampled_tokens
 from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 from upcycle.conversion.convert import run_recipe
 from upcycle.errors import EnvironmentFault, UsageError
@@ -33,6 +33,7 @@ from upcycle.files.output.scratch import scratch
 from upcycle.formatting import duration, size
 from upcycle.hardware.memory import available_memory
 from upcycle.methods.compressing.base import LOSS_WARNING
+from upcycle.methods.compressing.observations import MOST_GRAM
 from upcycle.models.stock_model import folder_model
 from upcycle.notebook import IN_NOTEBOOKS
 from upcycle.progress import Progress

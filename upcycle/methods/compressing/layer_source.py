@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     import torch
 
     from upcycle.architectures.stored_moe import MoeModel
-    from upcycle.methods.compressing.observations import LayerObservations, Observations
+    from upcycle.methods.compressing.observations import Observations
+from upcycle.methods.compressing.observed_layer import LayerObservations
 
 Matrices = Callable[[int], dict[str, "torch.Tensor"]]
 """Returns the matrices of an expert of one layer: gate and up ``[F, d]``, down ``[d, F]``, fp32.

@@ -13,6 +13,7 @@ from upcycle.architectures.stored_moe import MoeModel, matrix_of
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.errors import RefusalError, UsageError
 from upcycle.methods.compressing.base import LOSS_WARNING, Compression, CutSizes, stepped
+from upcycle.methods.compressing.dense_neurons import fitted_neurons, neuron_scores
 from upcycle.methods.compressing.layer_source import LayerSource
 from upcycle.methods.growing.base import Described, Grown, Piece
 from upcycle.plugins import PluginParameters
@@ -22,11 +23,11 @@ from upcycle.recipe.conversion_recipe import Recipe
 class ToDenseParameters(PluginParameters):
     """Parameters of :class:`ToDense`."""
 
-    gather: Literal["neurons", "average", "sum", "top_kg", "svd_kg"] = Field(
+    gather: Literal["neurons", "fitted", "average", "sum", "top_kg", "svd_kg"] = Field(
         "neurons",
-        description="what the FFN is made of: the neurons of all experts that add most to the output; the average or the sum of the "
-        "experts; of every expert equally many neurons, those of the largest weights (top_kg), or directions of the largest "
-        "singular values (svd_kg)",
+        description="what the FFN is made of: the neurons of all experts that add most to the output; those that are left when those "
+        "go without which a fit of the others misses least of it (fitted); the average or the sum of the experts; of every expert "
+        "equally many neurons, those of the largest weights (top_kg), or directions of the largest singular values (svd_kg)",
     )
 
 
@@ -38,6 +39,9 @@ class ToDense(Compression):
     - ``neurons`` (ours): the score of a neuron is ``sum (w h_j)^2 * ||down_j||^2`` over the tokens that chose its expert, with its
       activation h_j and the expert's weight w; of a shared expert's, over all tokens. Those of the largest scores stay, whichever
       expert they are of.
+    - ``fitted`` (ours): of the 4,096 neurons of the largest such scores, or of more where the FFN is wider, those that are left when
+      those go, in rounds, without which down projections that are fitted to the layer's output on sampled tokens miss least. Experts
+      that are alike have a neuron several times, and a dense FFN runs each for every token.
     - ``average``, ``sum``: each matrix is the average, or the sum, of the experts'; the neurons of shared experts stand beside.
     - ``top_kg``: of every expert the same number of neurons, those of the largest norm of all their weights; and all shared ones.
     - ``svd_kg``: of every expert as many directions instead: ``U_r^T [gate, up, down^T]`` of its singular value decomposition.
@@ -90,7 +94,7 @@ class ToDense(Compression):
         one = model.expert_width + shared
         if recipe.width is not None:
             return recipe.width
-        if recipe.keep is None and self.parameters.gather != "neurons":
+        if recipe.keep is None and self.parameters.gather not in ("neurons", "fitted"):
             return one
         if recipe.keep is None:
             raise UsageError(
@@ -173,8 +177,8 @@ class ToDense(Compression):
     def cut(self, source: LayerSource, keep: int) -> DenseCut:
         """See the class."""
         seen, gather = source.seen, self.parameters.gather
-        if gather == "neurons":
-            return of_best_neurons(source, keep)
+        if gather in ("neurons", "fitted"):
+            return of_best_neurons(source, keep, gather == "fitted")
         experts, tokens = seen.experts, float(seen.tokens)
         mean = (seen.weight / tokens).tolist()
         shared = FfnPart((Term(SHARED_FFN),), float(seen.shared_weight) / tokens)
@@ -200,21 +204,20 @@ def _best(scores: torch.Tensor, count: int) -> tuple[int, ...]:
     return tuple(sorted(torch.sort(scores, descending=True, stable=True).indices[:count].tolist()))
 
 
-def of_best_neurons(source: LayerSource, width: int) -> DenseCut:
-    """Return the FFN of the neurons, of all experts and shared ones, that add most to a layer's output."""
+def of_best_neurons(source: LayerSource, width: int, fitted: bool = False) -> DenseCut:
+    """Return the FFN of the neurons, of all experts and shared ones, that add most to a layer's output, or of ``fitted`` ones."""
     tokens = float(source.seen.tokens)
     mean = dict(enumerate((source.seen.weight / tokens).tolist()))
-    return DenseCut(width, _ranked(source, width, {**mean, SHARED_FFN: float(source.seen.shared_weight) / tokens}))
+    return DenseCut(
+        width, _ranked(source, width, {**mean, SHARED_FFN: float(source.seen.shared_weight) / tokens}, fitted)
+    )
 
 
-def _ranked(source: LayerSource, keep: int, scales: dict[int, float]) -> tuple[FfnPart, ...]:
-    """Return the parts of the neurons that add most, in the order of experts; shared ones last."""
-    seen = source.seen
-    squares = dict(enumerate(seen.neurons.double()))
-    if len(seen.shared):
-        squares[SHARED_FFN] = seen.shared.double()
-    scores = {e: own * source.matrices(e)["down"].double().square().sum(0) for e, own in squares.items()}
-    chosen = _best(torch.cat([*scores.values()]), keep)
+def _ranked(source: LayerSource, keep: int, scales: dict[int, float], fitted: bool) -> tuple[FfnPart, ...]:
+    """Return the parts of the chosen neurons, in the order of experts; shared ones last."""
+    scores = neuron_scores(source)
+    every = torch.cat([*scores.values()])
+    chosen = fitted_neurons(source, scores, scales, keep).tolist() if fitted else _best(every, keep)
     parts, first = [], 0
     for expert, own in scores.items():
         order = tuple(place - first for place in chosen if first <= place < first + len(own))

@@ -15,7 +15,7 @@ from pico_models import PICO_MOE
 
 from upcycle.calibration.compressing.observe_moe import observe_layers
 from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
-from upcycle.methods.compressing.dropping.naee import Naee, NaeeParameters, error_of, kept_weights
+from upcycle.methods.compressing.dropping.naee import Naee, NaeeParameters, error_of, kept_weights, removal_errors
 from upcycle.methods.compressing.layer_source import LayerSource
 from upcycle.progress import SILENT
 
@@ -29,11 +29,13 @@ def naee(most_sets: int = 2000, swaps: int = 200) -> Naee:
 
 @pytest.mark.one_in(5)
 @pytest.mark.parametrize("name", PICO_MOE)
-def test_errors_and_weights_are_those_of_a_stock_block_without_the_experts(name: str, pico_moe: Models) -> None:
+def test_errors_and_weights_are_those_of_a_stock_block_without_the_experts(
+    name: str, pico_moe: Models, tmp_path: Path
+) -> None:
     folder, windows = pico_moe(name), some_windows(4, 24)
     model, checkpoint = stock(folder), MoeCheckpoint.open(str(folder))
     whole = watch(model, windows)
-    seen = observe_layers(checkpoint, "keep", windows, {}, SILENT)
+    seen = observe_layers(checkpoint, "keep", windows, {}, SILENT, tmp_path / "seen")
     for kept in SETS:
         smaller = without_experts(model, folder, dict.fromkeys(whole, kept))
         for index, uncut in whole.items():
@@ -95,6 +97,21 @@ def test_beyond_experts_leave_one_by_one_and_no_exchange_helps(seed: int) -> Non
     assert error_of(source, list(brute_force(source, 4))) <= least <= error_of(source, kept)
     for gone, taken in itertools.product(found, set(range(8)) - set(found)):
         assert error_of(source, [taken, *(e for e in found if e != gone)]) >= least
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_errors_without_each_expert_are_those_of_every_set(sigmoid: bool, normalized: bool, biased: bool) -> None:
+    seen = random_observations(9, top_k=3)
+    logits = 4 * seen.sample_logits
+    logits[0, 2] = 60.0  # one expert has all of a token's score
+    bias = torch.randn(9, generator=torch.Generator().manual_seed(1)).double() if biased else seen.bias
+    changed = replace(seen, sample_logits=logits, bias=bias, factor=torch.tensor([1.7]).double())
+    source = layer_source(changed, sigmoid=sigmoid, normalized=normalized, top_k=3)
+    for kept in ([*range(9)], [1, 2, 4, 5, 7, 8], [0, 2, 3, 8]):
+        expected = [error_of(source, [e for e in kept if e != gone]) for gone in kept]
+        assert removal_errors(source, kept).tolist() == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
 def test_exchanges_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

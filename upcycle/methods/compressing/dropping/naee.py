@@ -56,8 +56,8 @@ class Naee(Compression):
             return LayerCut.keeping(sets[_least(source, sets)])
         kept = [*range(experts)]
         while len(kept) > keep:
-            sets = [[*kept[:i], *kept[i + 1 :]] for i in range(len(kept))]
-            kept = sets[_least(source, sets)]
+            errors = removal_errors(source, kept).tolist()
+            del kept[errors.index(min(errors))]
         return LayerCut.keeping(self._exchanged(source, kept))
 
     def _exchanged(self, source: LayerSource, kept: list[int]) -> list[int]:
@@ -87,7 +87,7 @@ def error_of(source: LayerSource, kept: list[int]) -> float:
     """Return the squared error of a layer that keeps some experts, over that of one without any, on the sampled tokens."""
     weights = source.seen.sample_weights.double()
     change = weights - kept_weights(source, kept)
-    gram = source.seen.sample_gram.double()
+    gram = source.seen.sample_gram
     whole = _square(weights, gram)
     return _square(change, gram) / whole if whole else 0.0
 
@@ -109,8 +109,77 @@ def kept_weights(source: LayerSource, kept: list[int]) -> torch.Tensor:
     return whole
 
 
-def _square(weights: torch.Tensor, gram: torch.Tensor) -> float:
-    """Return ``sum_t ||sum_e w_te f_e(x_t)||^2`` from the products of the outputs."""
+def removal_errors(source: LayerSource, kept: list[int]) -> torch.Tensor:
+    """Return the squared error of a layer that keeps all but one of some experts, for each one, fp64 ``[len(kept)]``.
+
+    It is :func:`error_of` of each such set, at once. A token that does not choose the expert that is gone goes on
+    choosing the same ones; where their scores are not normalised again, all of them grow by the same factor. Only a token that chose
+    it gets another one, the first behind those chosen.
+    """
     import torch
 
-    return float(torch.einsum("se,sef,sf->", weights, gram, weights))
+    seen, top_k, count = source.seen, min(source.top_k, len(kept) - 1), len(kept)
+    if not source.sigmoid and bool(
+        seen.bias.any()
+    ):  # scores that all grow may be chosen in another order beside a bias
+        sets = [[*kept[:i], *kept[i + 1 :]] for i in range(count)]
+        return torch.tensor([error_of(source, one) for one in sets], dtype=torch.float64)
+    inside = seen.sample_logits.double()[:, kept]
+    scores = inside.sigmoid() if source.sigmoid else inside.softmax(-1)
+    factors = torch.ones_like(scores) if source.sigmoid or source.normalized else 1 / _of_the_others(scores)
+    first = (scores + seen.bias[kept]).topk(top_k + 1, dim=-1).indices  # [S, K + 1]
+    raw = seen.factor * scores.gather(1, first)
+    places = torch.tensor(kept)[first]
+    gram = _products(seen.sample_gram, places)  # [S, K + 1, K + 1]
+    whole = seen.sample_weights.double()
+    towards = torch.einsum("ske,se->sk", _rows(seen.sample_gram, places), whole)  # with the output of the uncut layer
+    # Of those that choose it: every other one of the first K + 1 weighs what it scores.
+    left = raw[:, None, :] * (1 - torch.eye(top_k + 1, dtype=torch.float64))[:top_k]  # [S, K, K + 1]
+    left = seen.factor * left / left.sum(-1, keepdim=True) if source.normalized else left
+    grown = factors.gather(1, first[:, :top_k])
+    cross = grown * torch.einsum("sjk,sk->sj", left, towards)
+    square = grown.square() * torch.einsum("sjk,skl,sjl->sj", left, gram, left)
+    chosen = torch.zeros_like(scores).scatter_(1, first[:, :top_k], square - 2 * cross)
+    # Of those that do not: the same ones as before.
+    same = raw[:, :top_k]
+    same = seen.factor * same / same.sum(-1, keepdim=True) if source.normalized else same
+    cross = (same * towards[:, :top_k]).sum(-1, keepdim=True)
+    square = torch.einsum("sk,skl,sl->s", same, gram[:, :top_k, :top_k], same)[:, None]
+    chooses = torch.zeros_like(scores).scatter_(1, first[:, :top_k], 1.0)
+    others = (1 - chooses) * (factors.square() * square - 2 * factors * cross)
+    square_of_all = _square(whole, seen.sample_gram)
+    errors = (chosen + others).sum(0) + square_of_all
+    return errors / square_of_all if square_of_all else torch.zeros_like(errors)
+
+
+def _of_the_others(scores: torch.Tensor) -> torch.Tensor:
+    """Return for every score ``[S, E]`` the sum of the others in its row, without cancellation."""
+    import torch
+
+    none = torch.zeros_like(scores[:, :1])
+    before = torch.cat([none, scores[:, :-1].cumsum(1)], 1)
+    behind = torch.cat([scores[:, 1:].flip(1).cumsum(1).flip(1), none], 1)
+    return (before + behind).clamp(min=1e-300)
+
+
+def _rows(gram: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Return the rows ``[S, k, E]`` of experts ``[S, k]`` of every token's products ``[S, E, E]``, fp64."""
+    return gram.gather(1, places[:, :, None].expand(-1, -1, gram.shape[-1])).double()
+
+
+def _products(gram: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Return the products ``[S, k, k]`` among experts ``[S, k]`` out of ``[S, E, E]``, fp64."""
+    pairs = places[:, :, None] * gram.shape[-1] + places[:, None, :]
+    return gram.flatten(1).gather(1, pairs.flatten(1)).view(pairs.shape).double()
+
+
+def _square(weights: torch.Tensor, gram: torch.Tensor) -> float:
+    """Return ``sum_t ||sum_e w_te f_e(x_t)||^2`` from the products of the outputs; those of few are read where few weigh anything."""
+    import torch
+
+    few = int((weights != 0).sum(1).max())
+    if 2 * few > weights.shape[1]:
+        return float(torch.einsum("se,sef,sf->", weights, gram.double(), weights))
+    places = weights.abs().topk(few, dim=1).indices
+    own = weights.gather(1, places)
+    return float(torch.einsum("sk,skl,sl->", own, _products(gram, places), own))

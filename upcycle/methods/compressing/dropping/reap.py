@@ -10,7 +10,7 @@ from upcycle.methods.compressing.layer_source import LayerSource
 if TYPE_CHECKING:
     import torch
 
-    from upcycle.methods.compressing.observations import LayerObservations
+    from upcycle.methods.compressing.observed_layer import LayerObservations
 
 
 class Reap(Scored):

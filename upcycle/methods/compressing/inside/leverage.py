@@ -18,7 +18,7 @@ def ridge_leverage(gram: torch.Tensor, ridge: float) -> torch.Tensor:
         ridge: ``r`` relative to the mean of C's diagonal.
     """
     wide = gram.double()
-    scores: torch.Tensor = torch.linalg.solve(_regular(wide, ridge), wide).diagonal()
+    scores: torch.Tensor = torch.linalg.solve(regularized(wide, ridge), wide).diagonal()
     return scores
 
 
@@ -39,7 +39,7 @@ def least_missed(gram: torch.Tensor, down: torch.Tensor, count: int, ridge: floa
     Returns:
         int64 ``[count]``, ascending.
     """
-    wide, weights = _regular(gram.double(), ridge), down.double()
+    wide, weights = regularized(gram.double(), ridge), down.double()
     left = torch.arange(len(wide))
     each = -(-(len(wide) - count) // ROUNDS)
     while len(left) > count:
@@ -69,10 +69,11 @@ def nystrom_down(gram: torch.Tensor, kept: torch.Tensor, down: torch.Tensor, rid
     """
     wide = gram.double()
     rows = wide[kept]
-    fitted: torch.Tensor = torch.linalg.solve(_regular(rows[:, kept], ridge), rows @ down.double().T)
+    fitted: torch.Tensor = torch.linalg.solve(regularized(rows[:, kept], ridge), rows @ down.double().T)
     return fitted.T
 
 
-def _regular(gram: torch.Tensor, ridge: float) -> torch.Tensor:
+def regularized(gram: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Return ``C + r I``, with ``r`` relative to the mean of C's diagonal."""
     mean = gram.diagonal().mean()
     return gram + ridge * (mean if mean > 0 else 1.0) * torch.eye(len(gram), dtype=gram.dtype)

@@ -1,0 +1,72 @@
+"""What one pass over calibration text says about the experts of one layer. T tokens, E experts, K per token, S sampled tokens, d the
+hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class LayerObservations:
+    """Describes the routed experts of one layer on the calibration text. All numbers are fp64 unless said otherwise.
+
+    Attributes:
+        tokens: ``[1]``, the number T of tokens that the layer read.
+        load: ``[E]``, how many tokens chose each expert.
+        weight: ``[E]``, the sum of its weights over the tokens that chose it.
+        score: ``[E]``, the sum over all tokens of its share of the router's scores.
+        norm: ``[E]``, the sum of ``||f_e(x)||`` over the tokens that chose it.
+        saliency: ``[E]``, the sum of ``weight * ||f_e(x)||`` over the tokens that chose it.
+        logits_gram: ``[E, E]``, the products of the experts' router logits, summed over all tokens.
+        ratios: ``[101]``, percentiles of a token's second largest weight over its largest; zeros where K is 1.
+        similarity: ``[1]``, the mean cosine of the stream before and behind the layer's experts.
+        bias: ``[E]``, what the choice adds to the scores; zeros where it adds nothing.
+        factor: ``[1]``, what the weights are multiplied by at the end.
+        neurons: fp32 ``[E, F]``, the sum of ``(weight * activation)^2`` of every neuron over the tokens that chose its expert.
+        neuron_gram: fp32 ``[E, F, F]``, the products of its neurons' activations, each times the weight, summed likewise; empty
+            where there would be more than 16 million numbers.
+        input_gram: fp32 ``[E, d, d]``, the products of the inputs of every expert, summed over the tokens that chose it; ``[1, d,
+            d]``, over all tokens, where there would be more than 16 million numbers; empty where these are more, too.
+        shared: fp32 ``[F']``, the sum over all tokens of ``(weight * activation)^2`` of the shared experts' neurons; empty: there are
+            none.
+        shared_weight: ``[1]``, the sum over all tokens of the shared experts' weight, 1 in most architectures.
+        sample_logits: fp32 ``[S, E]``, router logits of tokens spread over the text.
+        sample_weights: fp32 ``[S, E]``, the weights of their experts; 0 where one was not chosen.
+        sample_gram: fp32 ``[S, E, E]``, for every sampled token the products of all experts' outputs on it.
+        sample_inputs: fp32 ``[S, d]``, what the experts read of these tokens.
+        mean_output: ``[E, d]``, every expert's mean output on the sampled tokens.
+        gated_output: ``[E, d]``, the same with every output times the expert's share of the router's scores.
+    """
+
+    tokens: torch.Tensor
+    load: torch.Tensor
+    weight: torch.Tensor
+    score: torch.Tensor
+    norm: torch.Tensor
+    saliency: torch.Tensor
+    logits_gram: torch.Tensor
+    ratios: torch.Tensor
+    similarity: torch.Tensor
+    bias: torch.Tensor
+    factor: torch.Tensor
+    neurons: torch.Tensor
+    neuron_gram: torch.Tensor
+    input_gram: torch.Tensor
+    shared: torch.Tensor
+    shared_weight: torch.Tensor
+    sample_logits: torch.Tensor
+    sample_weights: torch.Tensor
+    sample_gram: torch.Tensor
+    sample_inputs: torch.Tensor
+    mean_output: torch.Tensor
+    gated_output: torch.Tensor
+
+    @property
+    def experts(self) -> int:
+        """The number E of routed experts."""
+        return len(self.load)
