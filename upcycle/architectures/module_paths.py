@@ -164,6 +164,10 @@ class ModulePaths:
         """Return the module whose output is the FFN's, where that is another one."""
         return self.ends
 
+    def closing_in(self, index: int) -> str | None:
+        """Return the norm of one layer behind the sum of the stream and the FFN's output; None: that sum is the layer's output."""
+        return self.closing
+
     def blocks_in(self, layer: nn.Module) -> list[nn.Module]:
         """Return those of ``blocks`` that a layer has."""
         held = dict(layer.named_modules())
@@ -187,11 +191,13 @@ class LayerPlace:
         layer: the path of a layer; in a description with ``{}`` for its number.
         first: the module whose place experts take, below the layer.
         ends: the module whose output is the FFN's, where that is another one.
+        closing: the norm behind the sum of the stream and the FFN's output, if there is one.
     """
 
     layer: str
     first: str
     ends: str | None = None
+    closing: str | None = None
 
 
 @dataclass(frozen=True)
@@ -235,6 +241,10 @@ class ListedPaths(ModulePaths):
     def ends_in(self, index: int) -> str | None:
         """See :class:`~upcycle.architectures.module_paths.ModulePaths`."""
         return self.places[index].ends
+
+    def closing_in(self, index: int) -> str | None:
+        """See :class:`~upcycle.architectures.module_paths.ModulePaths`."""
+        return self.places[index].closing
 
     def layer_of(self, name: str) -> int | None:
         """Return the index of the layer that a tensor or module belongs to; None outside the layers."""

@@ -135,6 +135,11 @@ def check_calibrates(family: Family, by_loss: str | None = None) -> None:
     Raises:
         RefusalError: it cannot; the message says why.
     """
+    if by_loss and family.pauses and not family.encoder:
+        raise RefusalError(
+            f"{by_loss} runs the layers of a decoder one by one, and those of a {family.name} model are no single row",
+            hint="a method that looks at activations, such as coactivation_kmeans",
+        )
     if by_loss and family.encoder:
         raise RefusalError(
             f"{by_loss} goes by the loss of the next token, and a {family.name} model is an encoder, which predicts none",

@@ -78,7 +78,7 @@ def prepare_experts(
     if family.reads in SEEDED and not has_tokenizer:
         recipe = recipe.model_copy(update={"tokenizer": "none"})
     check_tokenizer(recipe, has_tokenizer)
-    check_own_text(recipe, family.encoder)
+    check_own_text(recipe, family.encoder, family.reads)
     check_counts(recipe)
     method = method.joined(mix, recipe)
     assert isinstance(method, Method)
