@@ -24,7 +24,7 @@ from upcycle.ffn.blueprint import BlueprintFile
 from upcycle.inputs.reader import InputBatch
 from upcycle.registry import load
 
-pytestmark = pytest.mark.one_in(7)  # the other cases are long
+pytestmark = pytest.mark.one_in(34)  # the other cases are long
 
 E, K = 8, 3
 SPLIT: dict[str, Any] = {
@@ -95,10 +95,14 @@ class Seen:
             last.register_forward_hook(lambda _, __, y, i=i, part=part: self.made[i].append(self._flat(y, part)))
             if closing is not None:
                 norm = layer.get_submodule(closing)
-                norm.register_forward_pre_hook(lambda _, args, i=i, part=part: self.sums[i].append(self._flat(args[0], part)))
+                norm.register_forward_pre_hook(
+                    lambda _, args, i=i, part=part: self.sums[i].append(self._flat(args[0], part))
+                )
             elif name in ADDS:
                 layer.register_forward_hook(
-                    lambda _, __, y, i=i, part=part: self.sums[i].append(self._flat(y[0] if isinstance(y, tuple) else y, part))
+                    lambda _, __, y, i=i, part=part: self.sums[i].append(
+                        self._flat(y[0] if isinstance(y, tuple) else y, part)
+                    )
                 )
         for batch in batches:
             self._kept = batch.kept
@@ -141,7 +145,11 @@ def test_refit_is_the_least_squares_solution_on_what_stock_models_see(
         made = torch.cat(stock.made[index])
         goal = torch.cat(stock.sums[index]) - below.residual(index) if name in ADDS and name not in NORMS else made
         goal = goal - weights.get("down_bias", torch.zeros(1, dtype=torch.float64))
-        counts = 1 / (made.square().mean(1, keepdim=True) + model.config.rms_norm_eps) if name in NORMS else torch.ones(len(x), 1)
+        counts = (
+            1 / (made.square().mean(1, keepdim=True) + model.config.rms_norm_eps)
+            if name in NORMS
+            else torch.ones(len(x), 1)
+        )
         counts = (counts / counts.mean()).double()
         pulled, gram = (counts * active).numpy(), (active.T @ (counts * active)).numpy()
         ridge = report["strength"] * gram.diagonal().mean() * np.eye(len(gram))

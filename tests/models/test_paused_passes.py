@@ -14,7 +14,7 @@ from upcycle.architectures.module_paths import module_paths_in
 from upcycle.models.paused_passes import PausedPasses
 from upcycle.registry import load
 
-pytestmark = pytest.mark.one_in(8)  # the other cases are long
+pytestmark = pytest.mark.one_in(24)  # the other cases are long
 
 PAUSES = [name for name, (described, _, _) in SMALL.items() if load("described", described).pauses]
 
@@ -35,9 +35,9 @@ def test_every_layer_pauses_once_and_the_outcome_is_the_plain_one(name: str) -> 
     order = []
     with torch.no_grad(), passes.over([inputs, inputs]) as running:
         while running[0].call is not None:
-            order.append(running[0].call.index)
+            order.append(running[0].call.layer)
             assert running[1].call is not None
-            assert running[1].call.index == order[-1]
+            assert running[1].call.layer == order[-1]
             for one in running:
                 assert one.call is not None
                 one.resume(passes.run(one.call))
@@ -54,7 +54,7 @@ def test_passes_that_are_left_end_and_errors_of_the_model_arrive() -> None:
     before = threading.active_count()
     with pytest.raises(RuntimeError, match="in the middle"), passes.over([inputs_of("bart")] * 3) as running:
         assert threading.active_count() == before + 3
-        assert [one.call.index for one in running if one.call] == [0, 0, 0]
+        assert [one.call.layer for one in running if one.call] == [0, 0, 0]
         raise RuntimeError("in the middle")
     assert threading.active_count() == before
     with pytest.raises(IndexError), passes.over([{"input_ids": torch.tensor([[10_000]])}]):

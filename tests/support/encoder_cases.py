@@ -18,7 +18,15 @@ SIDE = 8  # pixels of the tiny image models
 
 
 def text_encoder(name: str, folder: Path, **changes: Any) -> Any:
-    """Write a small text encoder with a tokenizer that puts ``[CLS]`` and ``[SEP]`` around texts; return the model."""
+    """Write a small text encoder with :func:`character_tokenizer`; return the model."""
+    model = small_model(name, **changes)
+    model.save_pretrained(folder)
+    character_tokenizer(folder)
+    return model
+
+
+def character_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of single characters that puts ``[CLS]`` and ``[SEP]`` around texts."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -28,11 +36,8 @@ def text_encoder(name: str, folder: Path, **changes: Any) -> Any:
     words.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 1)]
     )
-    model = small_model(name, **changes)
-    model.save_pretrained(folder)
     named = dict(zip(("cls_token", "sep_token", "pad_token", "unk_token", "mask_token"), SPECIAL, strict=True))
     PreTrainedTokenizerFast(tokenizer_object=words, **named).save_pretrained(folder)
-    return model
 
 
 def image_encoder(name: str, folder: Path, **changes: Any) -> Any:

@@ -62,14 +62,17 @@ def sound_folder(folder: Path, count: int = 20, spoken: bool = True) -> Path:
 def captioned_images(folder: Path, each: int = 12) -> Path:
     """Write images with a caption beside each; return the folder."""
     for number, path in enumerate(sorted(image_folder(folder, each=each).rglob("*.png"))):
-        path.with_suffix(".txt").write_text(f"picture {number} of {path.parent.name}{', bright' * (number % 2)}", encoding="utf-8")
+        path.with_suffix(".txt").write_text(
+            f"picture {number} of {path.parent.name}{', bright' * (number % 2)}", encoding="utf-8"
+        )
     return folder
 
 
 def pair_file(path: Path, count: int = 120) -> Path:
     """Write rows of two columns, ``question`` and ``answer``; return the file."""
     rows = [
-        {"question": f"what is {i} plus {i % 7}? " * (1 + i % 3), "answer": f"it is {i + i % 7}, " * (1 + i % 2)} for i in range(count)
+        {"question": f"what is {i} plus {i % 7}? " * (1 + i % 3), "answer": f"it is {i + i % 7}, " * (1 + i % 2)}
+        for i in range(count)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path

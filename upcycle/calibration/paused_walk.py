@@ -36,7 +36,9 @@ if TYPE_CHECKING:
     from upcycle.inputs.reader import InputBatch
     from upcycle.planning.expert_job import ExpertJob
 
-_PLAIN = 1e-3  # of what an FFN made, at most: how far it may be from what the layer adds, for the layer to add it as it is
+_PLAIN = (
+    1e-3  # of what an FFN made, at most: how far it may be from what the layer adds, for the layer to add it as it is
+)
 
 
 @dataclass
@@ -60,12 +62,11 @@ class FfnOfLayer:
     """
 
     def __init__(self, passes: PausedPasses, layer: torch.nn.Module, family: Family, index: int) -> None:
-        paths = family.module_paths
+        place = family.module_paths.place(index)
         self._passes = passes
-        self.first = layer.get_submodule(paths.first_in(index))
-        self.last = layer.get_submodule(paths.ends_in(index) or paths.first_in(index))
-        closing = paths.closing_in(index)
-        self.closing = None if closing is None else layer.get_submodule(closing)
+        self.first = layer.get_submodule(place.first)
+        self.last = layer.get_submodule(place.ends or place.first)
+        self.closing = None if place.closing is None else layer.get_submodule(place.closing)
 
     def seen(self, call: LayerCall) -> _Seen:
         """Run the layer as it is, and return what is seen of its FFN."""
@@ -165,13 +166,21 @@ class PausedCalibration:
         left = set(self._job.shape.moe_layers)
         sides = 2 if self._sequential else 1
         inputs = [{**batch.arguments, **self._settings()} for batch in self._batches] * sides
-        with self._progress.phase("calibrating", len(self._modules)), torch.no_grad(), self._passes.over(inputs) as passes:
+        with (
+            self._progress.phase("calibrating", len(self._modules)),
+            torch.no_grad(),
+            self._passes.over(inputs) as passes,
+        ):
             while left:
                 index = self._where(passes)
                 self._layers.load(index)
                 if index in self._job.shape.moe_layers and index not in left:
-                    raise CheckpointError(f"layer {index} of this model runs more than once, and its fit needs the inputs of one run")
-                outputs = self._decide(index, passes) if index in left else [self._passes.run(self._call(p)) for p in passes]
+                    raise CheckpointError(
+                        f"layer {index} of this model runs more than once, and its fit needs the inputs of one run"
+                    )
+                outputs = (
+                    self._decide(index, passes) if index in left else [self._passes.run(self._call(p)) for p in passes]
+                )
                 self._layers.drop(index)
                 left.discard(index)
                 self._progress.advance()
@@ -188,10 +197,10 @@ class PausedCalibration:
         return {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
 
     def _where(self, passes: list[PausedPass]) -> int:
-        found = {one.call.index if one.call else None for one in passes}
+        found = {one.call.layer if one.call else None for one in passes}
         if len(found) > 1 or None in found:
             raise CheckpointError("the model ends before all of its layers ran: some are not called for these inputs")
-        return self._call(passes[0]).index
+        return self._call(passes[0]).layer
 
     @staticmethod
     def _call(one: PausedPass) -> LayerCall:
@@ -205,7 +214,9 @@ class PausedCalibration:
         seen = [ffn.seen(self._call(one)) for one in passes[:count]]
         outputs = [one.output for one in seen]
         if not self._sequential:
-            self._decided(index, [self._rows(index, i, one.x) for i, one in enumerate(seen)], self._targets(index, seen))
+            self._decided(
+                index, [self._rows(index, i, one.x) for i, one in enumerate(seen)], self._targets(index, seen)
+            )
             return outputs
         around = [ffn.around(self._call(one)) for one in passes[count:]]
         plain = self._adds(ffn, seen[0], passes[0])
@@ -237,8 +248,10 @@ class PausedCalibration:
 
     def _mask(self, index: int, batch: int, like: torch.Tensor) -> torch.Tensor | None:
         """Return which of a layer's positions ``[N, T]`` are no padding; None: all are, or they are no positions of a text."""
-        mask = self._batches[batch].kept.get(self._part_of.get(index, ""))
-        return mask if mask is not None and mask.shape == like.shape[:-1] else None
+        kept, part = self._batches[batch].kept, self._part_of.get(index)
+        # Where nobody said which part a layer is of, the numbers do, unless they are those of two parts.
+        found = [m for own, m in kept.items() if part in (None, own) and m.shape == like.shape[:-1]]
+        return found[0] if len(found) == 1 else None
 
     def _rows(self, index: int, batch: int, states: torch.Tensor) -> torch.Tensor:
         mask = self._mask(index, batch, states)

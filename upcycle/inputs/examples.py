@@ -114,7 +114,10 @@ def _of(name: str, reads: str, wanted: CalibrationRecipe, most: int) -> Iterator
         for number, row in enumerate(hub_rows(name)):
             yield _from_row(row, reads, wanted, f"{name}, row {number}")
     else:
-        kinds = {"pairs": "a file of rows (.jsonl, .json, .csv, .parquet)", "images and text": "a folder or a text file"}
+        kinds = {
+            "pairs": "a file of rows (.jsonl, .json, .csv, .parquet)",
+            "images and text": "a folder or a text file",
+        }
         raise UsageError(
             f"calibration: {name} is no source for a model that reads {reads}",
             hint=f"name {kinds.get(reads, 'a folder')}, or a hub dataset (org/name[:config[:split]])",
@@ -202,7 +205,9 @@ def _from_row(row: Any, reads: str, wanted: CalibrationRecipe, where: str) -> Ex
     else:
         item = ImageItem(where, held=found) if hasattr(found, "convert") and hasattr(found, "tobytes") else None
     if item is None:
-        raise UsageError(f"{where}: column '{column}' holds {type(found).__name__}, not what the model reads", hint=_COLUMN)
+        raise UsageError(
+            f"{where}: column '{column}' holds {type(found).__name__}, not what the model reads", hint=_COLUMN
+        )
     return Example(item, text)
 
 

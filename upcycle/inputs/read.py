@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,9 +59,7 @@ class BatchPlan:
     tokens: int
 
 
-def find_inputs(
-    reads: str, wanted: CalibrationRecipe, path: Path, raw: Mapping[str, Any], limit: int
-) -> FoundInputs:
+def find_inputs(reads: str, wanted: CalibrationRecipe, path: Path, raw: Mapping[str, Any], limit: int) -> FoundInputs:
     """Find the examples that a recipe names for the model in ``path``, and divide them.
 
     Args:
@@ -90,13 +89,19 @@ def find_inputs(
     texts += [Example(one.text) for one in images if one.text]
     for held, what, how in (
         (images, "images", "add a folder of images: --calibration FOLDER,captions.txt"),
-        (texts, "texts", "add a file with a caption per line (--calibration FOLDER,captions.txt), or a .txt beside each image"),
+        (
+            texts,
+            "texts",
+            "add a file with a caption per line (--calibration FOLDER,captions.txt), or a .txt beside each image",
+        ),
     ):
         if not held:
             raise UsageError(f"calibration: {', '.join(wanted.texts)}: this model reads images and text, and there are no {what}",
                              hint=how)  # fmt: skip
     most = max(1, wanted.tokens // states)
-    return FoundInputs(reader, _PLURAL[reads], divided_examples(images, most, "images"), divided_examples(texts, count, "texts"))
+    return FoundInputs(
+        reader, _PLURAL[reads], divided_examples(images, most, "images"), divided_examples(texts, count, "texts")
+    )
 
 
 def planned_batches(found: FoundInputs, tokens: int, most: int, least: int) -> BatchPlan:
@@ -134,7 +139,7 @@ def _grouped(reader: InputReader, examples: Sequence[Example], count: int) -> li
     """Return ``count`` groups of examples of about one length, in an order without a pattern: some groups are held out of fits."""
     ordered = sorted(examples, key=reader.length)
     cuts = [len(ordered) * i // count for i in range(count + 1)]
-    groups = [list(ordered[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    groups = [list(ordered[a:b]) for a, b in itertools.pairwise(cuts)]
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
     return [groups[i] for i in order]
 

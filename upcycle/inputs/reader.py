@@ -79,8 +79,7 @@ class InputReader:
         """Return what a decoder reads ``[T]`` while it writes a text: the start token, and the text without its last token."""
         row = self.ids(text, longest)
         if int(row[0]) != self._start:
-            row = torch.cat([torch.tensor([self._start]), row])[: len(row)]
-            return row
+            return torch.cat([torch.tensor([self._start]), row])[: len(row)]
         return row[:-1] if self._frame.behind else row
 
     def batch(self, examples: Sequence[Example], texts: Sequence[Example] = ()) -> InputBatch:
@@ -98,7 +97,9 @@ class InputReader:
                 return InputBatch(arguments, {"encoder": kept, "decoder": target})
             case "speech":
                 ids, kept = self._padded([self.decoder_ids(one.text or "") for one in examples])
-                return InputBatch({"input_features": self.sounds(examples), "decoder_input_ids": ids}, {"decoder": kept})
+                return InputBatch(
+                    {"input_features": self.sounds(examples), "decoder_input_ids": ids}, {"decoder": kept}
+                )
             case "sounds":
                 return InputBatch({"input_values": self.sounds(examples)})
             case "images":

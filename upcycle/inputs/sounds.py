@@ -13,8 +13,8 @@ import torch
 
 from upcycle.errors import EnvironmentFault, UsageError
 
-SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
-_KIND = f"name a folder of {', '.join(SUFFIXES)} files"  # a hint
+SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
+_KIND = f"name a folder of {', '.join(SOUND_SUFFIXES)} files"  # a hint
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # bytes of a sample -> how it is stored
 
 
@@ -97,7 +97,7 @@ def _wave(path: Path) -> tuple[int, torch.Tensor]:
 
 def _other(path: Path) -> tuple[int, torch.Tensor]:
     try:
-        import soundfile
+        import soundfile  # type: ignore[import-not-found]
     except ImportError:
         raise EnvironmentFault(
             f"{path}: sounds of this format are read by soundfile, which is not installed",
@@ -129,7 +129,7 @@ def sound_files(folder: Path) -> list[SoundItem]:
     """
     if not folder.is_dir():
         raise UsageError(f"{folder} is no folder, and this model reads sounds", hint=_KIND)
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SOUND_SUFFIXES and not p.name.startswith("."))
     if not found:
         raise UsageError(f"{folder} has no sounds in it or in the folders below it", hint=_KIND)
     return [SoundItem(path.relative_to(folder).as_posix(), path) for path in found]

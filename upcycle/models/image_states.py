@@ -25,7 +25,9 @@ def image_states(raw: Mapping[str, Any], where: str) -> int:
     size = config.image_size
     shape = (1, config.num_channels, *((size, size) if isinstance(size, int) else size))
     ran: list[int] = []
-    for ffn in find_ffns(model, find("described", base_type(model.config))):
+    described = find("described", base_type(model.config))
+    assert described is not None
+    for ffn in find_ffns(model, described):
         first = model.base_model.get_submodule(ffn.replaced[0])
         first.register_forward_pre_hook(lambda _, args, width=ffn.hidden: ran.append(args[0].numel() // width))
     body = getattr(model.base_model, "vision_model", None) or states_model(model)

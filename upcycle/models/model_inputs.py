@@ -51,7 +51,9 @@ class ModelRun:
             case _:
                 return {"input_ids": ids}
 
-    def compared(self, ids: torch.Tensor, last: int = 0, given: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
+    def compared(
+        self, ids: torch.Tensor, last: int = 0, given: Mapping[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
         """Return fp32 logits ``[N, T, V]``, or states, or where there are two towers their embeddings ``[N, 2, P]``.
 
         With ``last``, of the last positions alone. ``given`` are the model's arguments, where they are more than ``ids`` tell.

@@ -19,7 +19,7 @@ import torch
 class LayerCall(NamedTuple):
     """What a model calls one of its layers with: the layer's number and its arguments."""
 
-    index: int
+    layer: int
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
@@ -85,7 +85,7 @@ class PausedPass:
                 run()
         except _Stop:
             pass
-        except BaseException as error:  # noqa: BLE001 - it is raised again where the pass is waited for
+        except BaseException as error:  # it is raised again where the pass is waited for
             ending = error
         self._said.put(ending)
 
@@ -119,7 +119,7 @@ class PausedPasses:
 
     def run(self, call: LayerCall) -> Any:
         """Return what a layer gives for a call, by its own code."""
-        layer = self._layers[call.index]
+        layer = self._layers[call.layer]
         return type(layer).forward(layer, *call.args, **call.kwargs)
 
     @contextmanager

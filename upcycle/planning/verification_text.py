@@ -77,16 +77,8 @@ def token_windows(
     reads = "text" if family is None else family.reads
     if calibrated is None:
         calibrated = bool(job.recipe.calibration.texts) and (job.calibrated or job.undecided)
-    if family is not None and family.pauses and not _plain(job, reads) and (text or calibrated):
-        try:
-            return _examples(family, job, checkpoint, text, tokens)
-        except UpcycleError:
-            if text:
-                raise  # else as with texts: a model from elsewhere comes without them, and a conversion reads them later
-    if reads == "images":
-        return _images(job, checkpoint, text, tokens, calibrated)
-    if reads in SEEDED:
-        return MeasuredText(torch.arange(max(1, min(tokens, _SEEDS)))[:, None], f"random {reads}")
+    if family is not None and (found := _no_text(family, job, checkpoint, text, tokens, calibrated)) is not None:
+        return found
     window = min(_WINDOW, job.context, tokens)
     if job.recipe.tokenizer == "none":
         rng = torch.Generator().manual_seed(job.recipe.seed)
@@ -130,14 +122,29 @@ def token_windows(
     return MeasuredText(ids, label, None if unseen is None else frame.around(unseen))
 
 
+def _no_text(
+    family: Family, job: PlannedJob, checkpoint: Checkpoint, text: str | None, tokens: int, calibrated: bool
+) -> MeasuredText | None:
+    """Return what a model is measured on that reads more or other things than a text; None: it is measured on a text."""
+    if family.pauses and not _plain(job, family.reads) and (text or calibrated):
+        try:
+            return _examples(family, job, checkpoint, text, tokens)
+        except UpcycleError:
+            if text:
+                raise  # else as with texts: a model from elsewhere comes without them, and a conversion reads them later
+    if family.reads == "images":
+        return _images(job, checkpoint, text, tokens, calibrated)
+    if family.reads in SEEDED:
+        return MeasuredText(torch.arange(max(1, min(tokens, _SEEDS)))[:, None], f"random {family.reads}")
+    return None
+
+
 def _plain(job: PlannedJob, reads: str) -> bool:
     """Return whether a model reads plain texts, alone or, with an encoder and a decoder, one text twice."""
     return reads == "text" or (reads == "pairs" and job.recipe.calibration.target is None)
 
 
-def _examples(
-    family: Family, job: PlannedJob, checkpoint: Checkpoint, text: str | None, tokens: int
-) -> MeasuredText:
+def _examples(family: Family, job: PlannedJob, checkpoint: Checkpoint, text: str | None, tokens: int) -> MeasuredText:
     """Return pairs, sounds, or images with texts to measure on: those of a source that is named, or held out of the calibration.
 
     Pairs, and what is said in sounds, are cut to one length, so that no padding is measured.

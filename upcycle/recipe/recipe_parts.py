@@ -100,7 +100,8 @@ class CalibrationRecipe(StrictSettings):
         description="inputs from the dense model (parallel), or from the converted layers below (sequential; auto: for sparse splits)",
     )
     column: str = Field(
-        "text", description="column of a dataset or file of rows that holds the text (or image, or audio: these by default)"
+        "text",
+        description="column of a dataset or file of rows that holds the text (or image, or audio: these by default)",
     )
     target: str | None = Field(
         None,

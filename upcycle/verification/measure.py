@@ -151,7 +151,11 @@ def measure_difference(
     totals, batches = Totals(sides.plain.gives_states), ids.split(batch)
     against, rounding = _Error(), _Error()
     reach = reach_of(sides.plain.model.config, result.model.config)
-    long = given is None and ids.shape[1] <= reach.border and (reach.work(parameters) <= MOST_WORK or ids.numel() >= reach.length)
+    long = (
+        given is None
+        and ids.shape[1] <= reach.border
+        and (reach.work(parameters) <= MOST_WORK or ids.numel() >= reach.length)
+    )
     with progress.phase("verifying", 2 * len(batches) + 2 * long):
         for number, some in enumerate(batches):
             own = {name: value[number * batch : (number + 1) * batch] for name, value in (given or {}).items()} or None

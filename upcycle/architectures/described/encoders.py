@@ -7,7 +7,7 @@ from typing import Any
 from upcycle.architectures.described.ffn_place import DescribedModel, FfnPlace
 from upcycle.architectures.module_paths import ModulePaths
 
-_SHARED = "several of its layers share one FFN, and the fits here need the inputs of one layer"
+SHARED_FFNS = "several of its layers share one FFN, and the fits here need the inputs of one layer"
 
 
 def _encoder(
@@ -55,7 +55,7 @@ ALBERT = DescribedModel(
     "ALBERT",
     (FfnPlace("encoder.albert_layer_groups.{}.albert_layers.{}", "ffn", "ffn_output", act="activation"),),
     **_encoder("albert", "encoder.albert_layer_groups", "albert_layers.0.ffn", "albert_layers.0.ffn_output"),
-    uncalibrated=_SHARED,
+    uncalibrated=SHARED_FFNS,
     refused={"inner_group_num": ((1,), "its groups have several layers")},
 )
 MODERNBERT = DescribedModel(
