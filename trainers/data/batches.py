@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from upcycle.recipe.conversion_recipe import parse_size
 from upcycle.trainers.data.corpus import Corpus, open_corpus
 from upcycle.trainers.data.domain_mixture import Mixture
 from upcycle.trainers.data.domain_rows import SHARDS_TOGETHER, Cursor, DomainRows
+from upcycle.trainers.data.masking import Masker
 from upcycle.trainers.data.packing import PackedRow
 from upcycle.trainers.data.token_shards import Encoder, TokenCache
 from upcycle.trainers.data.validation_rows import held_out_documents, validation_rows
-from upcycle.trainers.recipe.data_recipe import DataRecipe, DomainRecipe
+from upcycle.trainers.recipe.data_recipe import DataRecipe, DomainRecipe, MaskingRecipe
 
 _VERSION = 1  # of the order of rows: a checkpoint of another one cannot be continued
 _LONG_CHECK = 1 << 30  # bytes, about ten seconds' worth: longer checks are announced
@@ -35,22 +36,35 @@ class PackedBatch:
     ``ids`` int64 ``[B, L]``; ``mask`` bool ``[B, L]``, the tokens that are targets: no padding, and not the first token of a
     document or part; ``positions`` int64 ``[B, L]``, 0 at the first token of a document or part and nowhere else; ``domains``
     the domain of each row.
+
+    For a masked language model, ``mask`` are the tokens that it predicts at their own places, ``given`` int64 ``[B, L]`` is what it
+    reads, and ``text`` bool ``[B, L]`` says what is no padding.
     """
 
     ids: torch.Tensor
     mask: torch.Tensor
     positions: torch.Tensor
     domains: tuple[str, ...]
+    given: torch.Tensor | None = None
+    text: torch.Tensor | None = None
 
     @property
     def real(self) -> torch.Tensor:
         """Bool ``[B, L]``: all tokens that are not padding, whether or not they are targets."""
-        return self.mask | (self.positions == 0)
+        return self.mask | (self.positions == 0) if self.text is None else self.text
+
+    def predicting(self, logits: torch.Tensor) -> torch.Tensor:
+        """Of logits ``[B, L, V]``, those ``[B, L - 1, V]`` that predict the tokens at positions 1 and on."""
+        return logits[:, :-1] if self.given is None else logits[:, 1:]
 
     def flat(self) -> PackedBatch:
         """The same documents in one long row ``[1, B L]``, with the same losses: flash attention needs this."""
-        ids, mask, positions = (part.reshape(1, -1) for part in (self.ids, self.mask, self.positions))
-        return PackedBatch(ids, mask, positions, self.domains)
+        return self.changed(lambda part: part.reshape(1, -1))
+
+    def changed(self, how: Callable[[torch.Tensor], torch.Tensor]) -> PackedBatch:
+        """The same batch, with something done to each of its tensors."""
+        parts = {name: how(part) for name, part in vars(self).items() if isinstance(part, torch.Tensor)}
+        return replace(self, **parts)
 
 
 class TokenStream:
@@ -68,10 +82,12 @@ class TokenStream:
         micro_batch: int,
         rank: int,
         world_size: int,
+        masker: Masker | None = None,
     ) -> None:
         self._domains = {domain.name: domain for domain in sorted(domains, key=lambda domain: domain.name)}
         self._mixture, self._facts = mixture, facts
         self._micro_batch, self._rank, self._world_size = micro_batch, rank, world_size
+        self._masker = masker
         self._row = 0
         self._cursors = {name: domain.skip(Cursor(), 0) for name, domain in self._domains.items()}
 
@@ -115,8 +131,10 @@ class TokenStream:
                 rows[place] = domain.row(cursor)
                 cursor = domain.skip(cursor, 1)
             self._cursors[name] = domain.skip(cursor, int((after == number).sum()))
+        first = self._row + len(before)
         self._row += len(drawn)
-        return make_batch([rows[place] for place in range(len(mine))], [names[number] for number in mine])
+        batch = make_batch([rows[place] for place in range(len(mine))], [names[number] for number in mine])
+        return self._masker(batch, range(first, first + len(mine))) if self._masker else batch
 
     def state(self) -> dict[str, Any]:
         """The position in the global stream, as JSON; the same on every rank."""
@@ -176,7 +194,15 @@ class TokenStream:
 
 
 def open_stream(
-    data: DataRecipe, tokenizer: Any, *, length: int, micro_batch: int, rank: int, world_size: int, seed: int
+    data: DataRecipe,
+    tokenizer: Any,
+    *,
+    length: int,
+    micro_batch: int,
+    rank: int,
+    world_size: int,
+    seed: int,
+    masks: bool = False,
 ) -> TokenStream:
     """The training stream of ``data``, at its beginning.
 
@@ -188,11 +214,13 @@ def open_stream(
         rank: this one's number.
         world_size: number of ranks.
         seed: of all random choices.
+        masks: whether the model is a masked language model.
 
     Raises:
         UpcycleError: a domain cannot be read or is empty.
     """
-    encoder = Encoder(tokenizer, data.end_of_text)
+    masker = _masker(data, tokenizer, seed) if masks else None
+    encoder = _encoder(data, tokenizer, masker)
     cache = TokenCache(token_cache_folder(data), encoder)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     domains = []
@@ -217,18 +245,35 @@ def open_stream(
         "weights": data.weights,
         "dynamic": data.dynamic.model_dump() if data.dynamic else None,
     }
-    return TokenStream(domains, Mixture(data.weights, data.dynamic, seed), facts, micro_batch, rank, world_size)
+    if masker:
+        facts["masking"] = (data.masking or MaskingRecipe()).model_dump()
+    mixture = Mixture(data.weights, data.dynamic, seed)
+    return TokenStream(domains, mixture, facts, micro_batch, rank, world_size, masker)
 
 
-def open_validation(data: DataRecipe, tokenizer: Any, *, length: int) -> dict[str, list[PackedBatch]]:
+def _masker(data: DataRecipe, tokenizer: Any, seed: int) -> Masker:
+    return Masker(data.masking or MaskingRecipe(), tokenizer, seed)
+
+
+def _encoder(data: DataRecipe, tokenizer: Any, masker: Masker | None) -> Encoder:
+    """What turns documents into ids: for a masked language model with the special tokens that it has seen around texts."""
+    return Encoder(tokenizer, data.end_of_text, masker.frame if masker else None)
+
+
+def open_validation(
+    data: DataRecipe, tokenizer: Any, *, length: int, masks: bool = False
+) -> dict[str, list[PackedBatch]]:
     """Batches of each domain's held-out documents, in the recipe's order of domains; the same for every seed.
+
+    With ``masks``, for a masked language model, what is masked is the same for every seed, too.
 
     If ``validation.fraction`` is 0, only domains with validation files of their own have batches.
 
     Raises:
         UsageError: a fraction is to be held out, but no document falls into it.
     """
-    cache = TokenCache(token_cache_folder(data), Encoder(tokenizer, data.end_of_text))
+    masker = _masker(data, tokenizer, 0) if masks else None
+    cache = TokenCache(token_cache_folder(data), _encoder(data, tokenizer, masker))
     found = {}
     for domain in data.domains:
         files = _validation_corpus(data, domain)
@@ -238,10 +283,12 @@ def open_validation(data: DataRecipe, tokenizer: Any, *, length: int) -> dict[st
         held_out = None if files else held_out_documents(domain.name, corpus, None, cache, data.validation.fraction)
         rows = validation_rows(domain.name, corpus, cache, held_out, data.validation.tokens, length)
         size = data.validation.batch
-        found[domain.name] = [
-            make_batch(part, [domain.name] * len(part))
-            for part in (rows[at : at + size] for at in range(0, len(rows), size))
-        ]
+        found[domain.name] = []
+        for at in range(0, len(rows), size):
+            part = rows[at : at + size]
+            batch = make_batch(part, [domain.name] * len(part))
+            keys = [("validation", domain.name, at + row) for row in range(len(part))]
+            found[domain.name].append(masker(batch, keys) if masker else batch)
     return found
 
 

@@ -57,4 +57,4 @@ class Parent:
         """What the student's logits are compared with at all positions but the last: ``[B, L - 1, V]``, or cached ones."""
         if self.cache is not None:
             return self.cache.targets(batch, self.logits)
-        return self.logits(batch)[:, :-1]
+        return batch.predicting(self.logits(batch))

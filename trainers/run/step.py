@@ -29,7 +29,7 @@ from upcycle.trainers.distillation.parent import Parent
 from upcycle.trainers.distributed.ranks import Ranks
 from upcycle.trainers.distributed.reduction import Reduction
 from upcycle.trainers.losses.base import Loss, Means, WholeBatch, auxiliary_losses, loss_terms, make_losses
-from upcycle.trainers.losses.next_token import next_token_losses
+from upcycle.trainers.losses.next_token import token_losses
 from upcycle.trainers.losses.survey import Survey, needed
 from upcycle.trainers.recipe.part_recipes import ControlParameters
 from upcycle.trainers.recipe.training_recipe import StageRecipe
@@ -218,7 +218,7 @@ class Stepper:
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor, list[RouterRecord]]:
         """The loss to differentiate, its other parts by name, next-token losses ``[B, L - 1]``, and the routers' records."""
         logits = packed_forward(engine, batch).logits
-        nats = next_token_losses(logits, batch.ids) * batch.mask[:, 1:]
+        nats = token_losses(logits, batch)
         distillation = self.parent.recipe if self.parent else None
         loss = nats.sum() * weight * (distillation.next_token if distillation else 1.0)
         parts: dict[str, torch.Tensor] = {}
@@ -243,7 +243,7 @@ class Stepper:
         wanted, mask = parent.targets(batch), batch.mask[:, 1:]
         found: dict[str, torch.Tensor] = {}
         if parent.recipe.logits:
-            mean = logits_kl(logits[:, :-1], wanted, mask, parent.recipe.temperature)
+            mean = logits_kl(batch.predicting(logits), wanted, mask, parent.recipe.temperature)
             found["kl"] = parent.recipe.logits * mean * mask.sum() * weight
         if self.outputs is not None and parent.outputs is not None:
             student, dense = layer_outputs(self.outputs.take()), layer_outputs(parent.outputs.take())
