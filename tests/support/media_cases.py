@@ -9,13 +9,16 @@ from typing import Any
 
 import torch
 from encoder_cases import image_folder, text_encoder, with_image_processor
+from wrapped_models import SMALL
 
 RATE = 16_000  # samples per second
 
 
 def two_towers(name: str, folder: Path) -> Any:
     """Write a small model of images and text with its tokenizer and image processor; return the model."""
-    model = text_encoder(name, folder)
+    settings = SMALL[name][2]
+    ends = {**settings["text_config"], "eos_token_id": 1}  # of the tokenizer: where CLIP reads the vector of a text
+    model = text_encoder(name, folder, text_config=ends)
     with_image_processor(folder, model.config.vision_config)
     return model
 

@@ -78,9 +78,14 @@ class InputReader:
     def decoder_ids(self, text: str, longest: int | None = None) -> torch.Tensor:
         """Return what a decoder reads ``[T]`` while it writes a text: the start token, and the text without its last token."""
         row = self.ids(text, longest)
-        if int(row[0]) != self._start:
-            return torch.cat([torch.tensor([self._start]), row])[: len(row)]
-        return row[:-1] if self._frame.behind else row
+        if int(row[0]) == self._start:
+            return row[:-1]
+        return torch.cat([torch.tensor([self._start]), row[:-1]])
+
+    def targets(self, text: str, longest: int | None = None) -> torch.Tensor:
+        """Return what a decoder writes ``[T]`` where it reads :meth:`decoder_ids`."""
+        row = self.ids(text, longest)
+        return row[1:] if int(row[0]) == self._start else row
 
     def batch(self, examples: Sequence[Example], texts: Sequence[Example] = ()) -> InputBatch:
         """Return the arguments for some examples; of a model of two towers, ``texts`` are what its other tower reads.
