@@ -125,6 +125,19 @@ def check_text(recipe: Recipe, what: str) -> None:
         raise UsageError(f"{what} looks at activations and needs calibration text", hint=CALIBRATION_HINT)
 
 
+def check_columns(recipe: Recipe, family: Family) -> None:
+    """Refuse a column for a second text where the model reads none.
+
+    Raises:
+        UsageError: the model reads one text, image or sound.
+    """
+    if recipe.calibration.target is not None and family.reads not in ("pairs", "speech", "images and text"):
+        raise UsageError(
+            f"calibration.target names a second text, and a {family.name} model reads {family.reads} alone",
+            hint="leave calibration.target out",
+        )
+
+
 def check_calibrates(family: Family, by_loss: str | None = None) -> None:
     """Refuse to calibrate a model of a family that cannot be calibrated.
 
