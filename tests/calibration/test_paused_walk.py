@@ -190,6 +190,7 @@ def test_a_calibration_that_was_stopped_continues_to_the_same_bytes(
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("part", "layers"), [("decoder", [2, 3]), ("encoder", [0, 1])])
 def test_one_part_is_calibrated_alone(part: str, layers: list[int], tmp_path: Path) -> None:
     _, calibration = prepared("bart", tmp_path)

@@ -11,6 +11,8 @@ import torch
 from encoder_cases import image_folder, text_encoder, with_image_processor
 from wrapped_models import SMALL
 
+from upcycle.files.locate import DEMO_FOLDER
+
 RATE = 16_000  # samples per second
 
 
@@ -79,3 +81,18 @@ def pair_file(path: Path, count: int = 120) -> Path:
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def with_processor(folder: Path) -> Path:
+    """Save, beside a LLaVA of 4,104 tokens, the processor that its class has, with the demo's tokenizer and one token more."""
+    from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaProcessor
+
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_FOLDER / "model")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    strategy = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    LlavaProcessor(image_processor=images, tokenizer=tokenizer, patch_size=4, **strategy).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    token = tokenizer.convert_tokens_to_ids("<image>")
+    (folder / "config.json").write_text(json.dumps(config | {"image_token_index": token}))
+    return folder

@@ -64,7 +64,7 @@ def _takes_a_mask(config: Any) -> bool:
 
 def _architecture(config: Any) -> str:
     """The ``model_type`` of a model, or of the base of a wrapped one."""
-    return str(getattr(config, "base_model_type", None) or config.model_type)
+    return str(getattr(config, "base_model_type", None) or getattr(config, "model_type", ""))
 
 
 def check_fits(config: Any, tokenizer: Any, length: int) -> None:

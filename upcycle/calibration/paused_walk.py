@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from upcycle.architectures.dense.base import Family
-from upcycle.architectures.module_paths import text_config
+from upcycle.architectures.module_paths import module_paths_in, text_config
 from upcycle.calibration.blueprint_join import decided_layer, joined_blueprint, layer_file
 from upcycle.calibration.decide_layer import Outputs, computed, decide_layer
 from upcycle.errors import CheckpointError
@@ -149,6 +149,7 @@ class PausedCalibration:
         self._layers = layers_of(checkpoint, job.recipe.dtype)
         model = self._layers.model.eval()
         self._modules = list(checkpoint.family.module_paths.layers_in(model))
+        self._outer = module_paths_in(model)
         self._passes = PausedPasses(model, self._modules)
         self._sequential = job.calibration_mode == "sequential"
         self._cache_bytes = min(MOST_CACHE_BYTES, available_memory() // 4)
@@ -163,7 +164,7 @@ class PausedCalibration:
         """
         reuse_freed_memory(REUSED_BYTES)
         (self._folder / LAYER_BLUEPRINTS).mkdir(exist_ok=True)
-        left = set(self._job.shape.moe_layers)
+        left, unseen = set(self._job.shape.moe_layers), len(self._modules)
         sides = 2 if self._sequential else 1
         inputs = [{**batch.arguments, **self._settings()} for batch in self._batches] * sides
         with (
@@ -173,7 +174,9 @@ class PausedCalibration:
         ):
             while left:
                 index = self._where(passes)
-                self._layers.load(index)
+                held = self._held(index)
+                if held is not None:
+                    self._layers.load(held)
                 if index in self._job.shape.moe_layers and index not in left:
                     raise CheckpointError(
                         f"layer {index} of this model runs more than once, and its fit needs the inputs of one run"
@@ -181,13 +184,19 @@ class PausedCalibration:
                 outputs = (
                     self._decide(index, passes) if index in left else [self._passes.run(self._call(p)) for p in passes]
                 )
-                self._layers.drop(index)
+                if held is not None:
+                    self._layers.drop(held)
                 left.discard(index)
                 self._progress.advance()
+                unseen -= 1
                 if left:
                     for one, output in zip(passes, outputs, strict=True):
                         one.resume(output)
-            self._progress.advance(len(self._modules))
+            self._progress.advance(unseen)
+
+    def _held(self, index: int) -> int | None:
+        """Return the number by which a layer is loaded; None: it is in memory, as all parts beside a text model are."""
+        return self._outer.layer_of(f"{self._checkpoint.family.module_paths.layer(index)}.")
 
     def _settings(self) -> dict[str, Any]:
         """Return arguments that keep a model from caches, which would grow with every run of a layer."""

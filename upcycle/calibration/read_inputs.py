@@ -42,6 +42,8 @@ class InputSet:
 
 def reads_texts(job: ExpertJob) -> bool:
     """Return whether plain texts are enough: for a model that reads one text, or a pair of the same, not of two columns."""
+    if job.family.calibrates_on:
+        return False
     return job.family.reads == "text" or (job.family.reads == "pairs" and job.recipe.calibration.target is None)
 
 
@@ -54,7 +56,7 @@ def calibration_inputs(job: ExpertJob, checkpoint: DenseCheckpoint, progress: Pr
         EnvironmentFault: a processor or a dataset cannot be read.
     """
     wanted, path = job.recipe.calibration, checkpoint.source.path
-    found = find_inputs(job.family.reads, wanted, path, checkpoint.raw_config, job.context)
+    found = find_inputs(job.family.calibrates_on or job.family.reads, wanted, path, checkpoint.raw_config, job.context)
     plan = planned_batches(found, wanted.tokens, CALIBRATION_BATCH_TOKENS, HELD_OUT_EVERY)
     first, texts = plan.batches[0]
     found.reader.batch(first[:1], texts[:1])  # a processor that does not fit is found before dear work

@@ -27,8 +27,15 @@ if TYPE_CHECKING:
     from upcycle.recipe.recipe_parts import CalibrationRecipe
 
 _WHOLE = 1 << 62  # bytes; a piece of this size is the whole file
-_MEDIA = {"speech": "audio", "sounds": "audio", "images": "image", "images and text": "image"}  # columns of datasets
-_TARGETS = {"speech": "text", "images and text": "text"}
+# Columns of datasets.
+_MEDIA = {
+    "speech": "audio",
+    "sounds": "audio",
+    "images": "image",
+    "images and text": "image",
+    "images in text": "image",
+}
+_TARGETS = {"speech": "text", "images and text": "text", "images in text": "text"}
 _COLUMN = "--set calibration.column=NAME, --set calibration.target=NAME"  # a hint
 
 Item = str | ImageItem | SoundItem
@@ -130,7 +137,7 @@ def _in_folder(folder: Path, reads: str, most: int) -> Iterator[Example]:
             f"calibration: {folder} is a folder, and this model reads pairs of texts",
             hint="name files of rows: .jsonl, .json, .csv or .parquet",
         )
-    if reads in ("images", "images and text"):
+    if reads in ("images", "images and text", "images in text"):
         for image in evenly_spread(image_files(folder), most):
             assert image.path is not None
             yield Example(image, _beside(image.path))

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from upcycle.recipe.recipe_parts import CalibrationRecipe
 
 _LEAST = 4  # tokens of a text, or states of a sound: how many examples may be needed at most
-_PLURAL = {"pairs": "pairs", "speech": "sounds", "sounds": "sounds", "images": "images", "images and text": "images"}
+_PER_IMAGE = 16  # tokens of an image in a text, at least: how many may be needed at most
+_PLURAL = {"pairs": "pairs", "speech": "sounds", "sounds": "sounds"}
 
 
 class FoundInputs(NamedTuple):
@@ -75,15 +76,21 @@ def find_inputs(reads: str, wanted: CalibrationRecipe, path: Path, raw: Mapping[
         EnvironmentFault: a processor or dataset cannot be read.
     """
     config = build_config(raw, str(path))
-    states = image_states(raw, str(path)) if "images" in reads else 1
+    states = image_states(raw, str(path)) if reads in ("images", "images and text") else 1
     reader = InputReader(reads, config, path, min(wanted.window, limit), states)
-    per_example = {"images": states, "speech": int(getattr(config, "max_source_positions", 1))}.get(reads, _LEAST)
+    per_example = {
+        "images": states,
+        "images in text": _PER_IMAGE,
+        "speech": int(getattr(config, "max_source_positions", 1)),
+    }.get(reads, _LEAST)
     count = max(1, wanted.tokens // per_example)
     sources = max(1, len(wanted.texts))
     share = -(-count * 8 // 7 // sources) + 1  # with those that are held out
     found = find_examples(reads, wanted, share)
     if reads != "images and text":
-        return FoundInputs(reader, _PLURAL[reads], divided_examples(found, count, _PLURAL[reads]))
+        return FoundInputs(
+            reader, _PLURAL.get(reads, "images"), divided_examples(found, count, _PLURAL.get(reads, "images"))
+        )
     images = [one for one in found if not isinstance(one.item, str)]
     texts = [Example(one.item) for one in found if isinstance(one.item, str)]
     texts += [Example(one.text) for one in images if one.text]
@@ -100,7 +107,10 @@ def find_inputs(reads: str, wanted: CalibrationRecipe, path: Path, raw: Mapping[
                              hint=how)  # fmt: skip
     most = max(1, wanted.tokens // states)
     return FoundInputs(
-        reader, _PLURAL[reads], divided_examples(images, most, "images"), divided_examples(texts, count, "texts")
+        reader,
+        _PLURAL.get(reads, "images"),
+        divided_examples(images, most, "images"),
+        divided_examples(texts, count, "texts"),
     )
 
 
@@ -115,7 +125,7 @@ def planned_batches(found: FoundInputs, tokens: int, most: int, least: int) -> B
     """
     reader = found.reader
     main, total = _within(reader, found.main.read, tokens)
-    count = min(len(main), max(least, -(-total // most)))
+    count = len(main) if reader.alone else min(len(main), max(least, -(-total // most)))
     groups = _grouped(reader, main, count)
     if found.texts is None:
         return BatchPlan([(group, []) for group in groups], total)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from upcycle.architectures.stock import load_feature_extractor, load_image_processor, load_tokenizer
+from upcycle.architectures.stock import load_feature_extractor, load_image_processor, load_processor, load_tokenizer
 from upcycle.errors import CheckpointError
 from upcycle.images.files import ImageItem
 from upcycle.images.pixels import ImageReader
@@ -44,6 +44,7 @@ class InputReader:
 
     Attributes:
         window: see above.
+        alone: whether every example is a batch: its images are divided in a way of their own.
 
     Raises:
         UsageError: an image processor or feature extractor is missing.
@@ -60,6 +61,10 @@ class InputReader:
             self._tokenizer = load_tokenizer(where)
             self._frame = frame_of(self._tokenizer)
             self._padding = self._tokenizer.pad_token_id or 0
+        self.alone = reads == "images in text"
+        if self.alone:
+            self._processor = load_processor(where)
+            self._made: dict[int, dict[str, torch.Tensor]] = {}
         if reads in ("images", "images and text"):
             own = config.vision_config if reads != "images" else config
             self._images = ImageReader(load_image_processor(where), own, where)
@@ -105,16 +110,38 @@ class InputReader:
                 return InputBatch(
                     {"input_features": self.sounds(examples), "decoder_input_ids": ids}, {"decoder": kept}
                 )
-            case "sounds":
-                return InputBatch({"input_values": self.sounds(examples)})
-            case "images":
-                return InputBatch({"pixel_values": self.pixels(examples)})
+            case "sounds" | "images" | "images in text":
+                return InputBatch(self._media(examples))
             case _:
                 ids, kept = self._padded([self.ids(str(one.item)) for one in texts])
                 arguments = {"input_ids": ids, "pixel_values": self.pixels(examples)}
                 if self._pads_whole:
                     return InputBatch(arguments)
                 return InputBatch({**arguments, "attention_mask": kept.long()}, {"text": kept})
+
+    def _media(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        if self.alone:
+            (one,) = examples
+            return self._in_text(one)
+        return (
+            {"input_values": self.sounds(examples)}
+            if self._reads == "sounds"
+            else {"pixel_values": self.pixels(examples)}
+        )
+
+    def _in_text(self, example: Example) -> dict[str, torch.Tensor]:
+        """Return what the stock processor makes of an image and the text behind it."""
+        if (made := self._made.get(example.number)) is not None:
+            return made
+        assert isinstance(example.item, ImageItem)
+        token = getattr(self._processor, "image_token", None)
+        if token is None:
+            raise CheckpointError(f"{self._where}: a {type(self._processor).__name__} has no 'image_token'")
+        image, text = example.item.read(3), f"{token}\n{example.text or ''}"
+        found = self._processor(text=[text], images=[image], return_tensors="pt")
+        made = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+        self._made[example.number] = made
+        return made
 
     @property
     def _pads_whole(self) -> bool:
@@ -160,6 +187,8 @@ class InputReader:
         """Return how many states an encoder makes of an example."""
         if isinstance(example.item, str):
             return self.length(example)
+        if self.alone:
+            return self._in_text(example)["input_ids"].shape[1]
         if isinstance(example.item, ImageItem):
             return self._image_states
         if self._reads == "speech":

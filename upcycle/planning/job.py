@@ -131,9 +131,10 @@ def check_columns(recipe: Recipe, family: Family) -> None:
     Raises:
         UsageError: the model reads one text, image or sound.
     """
-    if recipe.calibration.target is not None and family.reads not in ("pairs", "speech", "images and text"):
+    reads = family.calibrates_on or family.reads
+    if recipe.calibration.target is not None and reads in ("text", "images", "sounds"):
         raise UsageError(
-            f"calibration.target names a second text, and a {family.name} model reads {family.reads} alone",
+            f"calibration.target names a second text, and a {family.name} model reads {reads} alone",
             hint="leave calibration.target out",
         )
 

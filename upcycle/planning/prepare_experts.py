@@ -78,7 +78,7 @@ def prepare_experts(
     if family.reads in SEEDED and not has_tokenizer:
         recipe = recipe.model_copy(update={"tokenizer": "none"})
     check_tokenizer(recipe, has_tokenizer)
-    check_own_text(recipe, family.encoder, family.reads)
+    check_own_text(recipe, family.encoder, family.calibrates_on or family.reads)
     check_columns(recipe, family)
     check_counts(recipe)
     method = method.joined(mix, recipe)

@@ -18,7 +18,7 @@ from upcycle.planning.expert_job import ExpertJob
 from upcycle.planning.job import PlannedJob
 from upcycle.verification.layer_errors import LayerErrors
 from upcycle.verification.measure import ModelDifference, batch_size, load_sides, measure_difference, measure_losses
-from upcycle.verification.media import MediaCheck, compare_media, with_article
+from upcycle.verification.media import MediaCheck, compare_held_out, compare_media, held_out_inputs, with_article
 from upcycle.verification.neurons_run import NeuronsRun
 from upcycle.verification.verdict import EXACT_TOLERANCE, STATES, Verification, said
 
@@ -99,7 +99,10 @@ def _media(
     watched: AbstractContextManager[None],
 ) -> MediaCheck:
     with progress.phase(f"comparing on a text with {with_article(wrapper.kind)}", 1), watched:
-        found = compare_media(judge, moe, wrapper, checkpoint.source.path, job.recipe.seed)
+        if held := held_out_inputs(job, checkpoint):
+            found = compare_held_out(judge, moe, held)
+        else:
+            found = compare_media(judge, moe, wrapper, checkpoint.source.path, job.recipe.seed)
         progress.advance()
     if found.error is None:
         progress.note(found.what)

@@ -106,6 +106,7 @@ def test_vectors_that_are_all_alike_find_nothing_and_equal_captions_are_each_oth
     assert retrieval(own, swapped, twins)[1:] == ([1.0] * 3, [1.0] * 3)
 
 
+@pytest.mark.long
 def test_sounds_are_compared_by_their_vectors(tmp_path: Path) -> None:
     sound_model("hubert", tmp_path / "dense")
     sounds = sound_folder(tmp_path / "sounds", 6, spoken=False)
@@ -119,6 +120,7 @@ def test_sounds_are_compared_by_their_vectors(tmp_path: Path) -> None:
         upcycle.evaluate(tmp_path / "moe", text=str(sounds))
 
 
+@pytest.mark.long
 def test_only_what_was_held_out_of_a_calibration_is_read(tmp_path: Path) -> None:
     text_encoder("t5", tmp_path / "dense")
     pairs = {"text": str(pair_file(tmp_path / "pairs.jsonl", 80)), "column": "question", "target": "answer"}
