@@ -92,7 +92,7 @@ def divided_examples(examples: Sequence[Example], count: int, what: str) -> Exam
     return ExampleParts(read[:count], held, f"{len(held):,} of {len(examples):,} {what}")
 
 
-def find_examples(reads: str, wanted: CalibrationRecipe, most: int) -> list[Example]:
+def find_examples(reads: str, wanted: CalibrationRecipe, most: int, media: int | None = None) -> list[Example]:
     """Return up to ``most`` examples of every source that a recipe names, mixed evenly.
 
     Args:
@@ -100,12 +100,13 @@ def find_examples(reads: str, wanted: CalibrationRecipe, most: int) -> list[Exam
         wanted: its ``texts`` are the sources: files of rows, folders of images or sounds (with a text of the same name and
             the ending .txt beside each), texts with a caption per line, or hub datasets.
         most: of each source.
+        media: of each folder, if not ``most``.
 
     Raises:
         UsageError: a source has nothing of this kind, or lacks a column.
         EnvironmentFault: a dataset cannot be read.
     """
-    found = [list(islice(_of(name, reads, wanted, most), most)) for name in wanted.texts]
+    found = [list(islice(_of(name, reads, wanted, media or most), most)) for name in wanted.texts]
     return [one for row in zip_longest(*found) for one in row if one is not None]
 
 

@@ -85,8 +85,9 @@ def find_inputs(reads: str, wanted: CalibrationRecipe, path: Path, raw: Mapping[
     }.get(reads, _LEAST)
     count = max(1, wanted.tokens // per_example)
     sources = max(1, len(wanted.texts))
-    share = -(-count * 8 // 7 // sources) + 1  # with those that are held out
-    found = find_examples(reads, wanted, share)
+    most = max(1, wanted.tokens // states)
+    share, media = (-(-each * 8 // 7 // sources) + 1 for each in (count, most))  # with those that are held out
+    found = find_examples(reads, wanted, share, media if reads == "images and text" else share)
     if reads != "images and text":
         return FoundInputs(
             reader, _PLURAL.get(reads, "images"), divided_examples(found, count, _PLURAL.get(reads, "images"))
@@ -105,7 +106,6 @@ def find_inputs(reads: str, wanted: CalibrationRecipe, path: Path, raw: Mapping[
         if not held:
             raise UsageError(f"calibration: {', '.join(wanted.texts)}: this model reads images and text, and there are no {what}",
                              hint=how)  # fmt: skip
-    most = max(1, wanted.tokens // states)
     return FoundInputs(
         reader,
         _PLURAL.get(reads, "images"),
@@ -126,12 +126,12 @@ def planned_batches(found: FoundInputs, tokens: int, most: int, least: int) -> B
     reader = found.reader
     main, total = _within(reader, found.main.read, tokens)
     count = len(main) if reader.alone else min(len(main), max(least, -(-total // most)))
-    groups = _grouped(reader, main, count)
     if found.texts is None:
-        return BatchPlan([(group, []) for group in groups], total)
+        return BatchPlan([(group, []) for group in _grouped(reader, main, count)], total)
     texts, said = _within(reader, found.texts.read, tokens)
-    beside = _grouped(reader, texts, min(count, len(texts)))
-    return BatchPlan(list(zip(groups, beside, strict=False)), max(total, said))
+    count = min(count, len(texts))  # every batch has some of both
+    pairs = zip(_grouped(reader, main, count), _grouped(reader, texts, count), strict=True)
+    return BatchPlan(list(pairs), max(total, said))
 
 
 def _within(reader: InputReader, examples: Sequence[Example], tokens: int) -> tuple[list[Example], int]:

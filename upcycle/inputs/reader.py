@@ -74,22 +74,22 @@ class InputReader:
         if reads in ("pairs", "speech"):
             self._start = start_token(config, where)
 
-    def ids(self, text: str, longest: int | None = None) -> torch.Tensor:
+    def ids(self, text: str) -> torch.Tensor:
         """Return token ids ``[T]`` of a text with the special tokens around it, cut to the window before these."""
-        inner = max(1, (longest or self.window) - self._frame.tokens)
+        inner = max(1, self.window - self._frame.tokens)
         row: torch.Tensor = self._frame.around(encode(self._tokenizer, text)[None, :inner])[0]
         return row
 
-    def decoder_ids(self, text: str, longest: int | None = None) -> torch.Tensor:
+    def decoder_ids(self, text: str) -> torch.Tensor:
         """Return what a decoder reads ``[T]`` while it writes a text: the start token, and the text without its last token."""
-        row = self.ids(text, longest)
+        row = self.ids(text)
         if int(row[0]) == self._start:
             return row[:-1]
         return torch.cat([torch.tensor([self._start]), row[:-1]])
 
-    def targets(self, text: str, longest: int | None = None) -> torch.Tensor:
+    def targets(self, text: str) -> torch.Tensor:
         """Return what a decoder writes ``[T]`` where it reads :meth:`decoder_ids`."""
-        row = self.ids(text, longest)
+        row = self.ids(text)
         return row[1:] if int(row[0]) == self._start else row
 
     def batch(self, examples: Sequence[Example], texts: Sequence[Example] = ()) -> InputBatch:
