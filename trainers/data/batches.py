@@ -63,7 +63,7 @@ class PackedBatch:
 
     def changed(self, how: Callable[[torch.Tensor], torch.Tensor]) -> PackedBatch:
         """The same batch, with something done to each of its tensors."""
-        parts = {name: how(part) for name, part in vars(self).items() if isinstance(part, torch.Tensor)}
+        parts: dict[str, Any] = {name: how(part) for name, part in vars(self).items() if isinstance(part, torch.Tensor)}
         return replace(self, **parts)
 
 
@@ -274,7 +274,7 @@ def open_validation(
     """
     masker = _masker(data, tokenizer, 0) if masks else None
     cache = TokenCache(token_cache_folder(data), _encoder(data, tokenizer, masker))
-    found = {}
+    found: dict[str, list[PackedBatch]] = {}
     for domain in data.domains:
         files = _validation_corpus(data, domain)
         if not files and not data.validation.fraction:

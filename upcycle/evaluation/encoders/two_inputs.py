@@ -270,9 +270,9 @@ def retrieval(
     kinds = torch.tensor([numbers[caption] for caption in captions])
     same = kinds[:, None] == kinds
     nearest = [k for k in NEAREST if k < len(captions)]
-    shares = []
+    shares: list[list[float]] = []
     for each in (scores, scores.T):
         own = each.masked_fill(~same, -torch.inf).amax(1, keepdim=True)
         before = ((each >= own) & ~same).sum(1)
         shares.append([(before < k).double().mean().item() for k in nearest])
-    return nearest, *shares
+    return nearest, shares[0], shares[1]
