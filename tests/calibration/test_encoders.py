@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from encoder_cases import text_encoder
+from encoder_cases import text_encoder, weighing_alike
 from torch.nn.functional import linear
 from transformers.activations import ACT2FN
 from wrapped_models import SMALL, auto_class, ffn_weights
@@ -20,7 +19,6 @@ from upcycle.architectures.described.find_ffns import FoundFfn, find_ffns
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.errors import RefusalError, UsageError
 from upcycle.ffn.blueprint import BlueprintFile
-from upcycle.models.own.moe_block import MoeBlock
 from upcycle.registry import load
 from upcycle.text.windows import demo_parts, encode
 
@@ -72,18 +70,6 @@ class Seen:
     def residual(self, index: int) -> torch.Tensor:
         """The stream before an FFN."""
         return self.sums[index] - self.made[index]
-
-
-def weighing_alike(model: Any) -> Any:
-    """The model with the same weight for all chosen experts, as the fit has them; softmax weights are up to 1% apart."""
-    for block in (module for module in model.modules() if isinstance(module, MoeBlock)):
-
-        def route(logits: torch.Tensor, rule: Any = block.router.rule) -> tuple[torch.Tensor, torch.Tensor]:
-            ids, weights = rule.route(logits)
-            return ids, weights.mean(-1, keepdim=True).expand_as(weights)
-
-        block.router.rule = SimpleNamespace(route_sequences=lambda logits, *_: route(logits))
-    return model
 
 
 def flat(states: torch.Tensor) -> torch.Tensor:

@@ -259,7 +259,7 @@ def test_parts_that_do_not_exist_are_refused(tower: Tower, pico: Callable[[str],
             upcycle.convert(source, tmp_path / "out", part=part, **CHECKED)
     with pytest.raises(RefusalError, match="llava to mixtral is not a conversion"):
         upcycle.convert(source, tmp_path / "out", part="all", target="mixtral", **CHECKED)
-    with pytest.raises(RefusalError, match="cannot be calibrated: calibration reads text"):
+    with pytest.raises(RefusalError, match="importance runs the layers of a decoder one by one"):
         text = {"text": "demo", "tokens": 512}
         keys: dict[str, Any] = {**CHECKED, "method": "importance", "part": "vision", "calibration": text}
         upcycle.convert(source, tmp_path / "out", **keys)

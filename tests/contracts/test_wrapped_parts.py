@@ -16,7 +16,7 @@ from wrapped_models import SMALL, auto_class, inputs_of, output_of, relative_err
 
 import upcycle
 import upcycle.models
-from upcycle.errors import RefusalError, UsageError, VerificationError
+from upcycle.errors import UsageError, VerificationError
 from upcycle.ffn.expert_tensors import ExpertTensors
 from upcycle.ffn.moe_shape import Part
 from upcycle.models.load import load_model
@@ -205,22 +205,6 @@ def test_a_wrong_weight_is_found(
     monkeypatch.setattr(ExpertTensors, "part", wrong)
     with pytest.raises(VerificationError, match="relative"):
         upcycle.convert(str(saved(name)), tmp_path / "out", **COPIES)
-
-
-@pytest.mark.parametrize(
-    ("name", "why"),
-    [
-        ("t5", "an encoder and a decoder are not calibrated"),
-        ("clip", "two towers are not calibrated"),
-        ("hubert", "sounds"),
-    ],
-)
-def test_calibration_is_refused_with_the_reason(
-    name: str, why: str, saved: Callable[[str], Path], tmp_path: Path
-) -> None:
-    keys = {"method": "random_split", "experts": 8, "top_k": 4, "calibration": {"text": "prose", "tokens": 2048}}
-    with pytest.raises(RefusalError, match=why):
-        upcycle.convert(str(saved(name)), tmp_path / "out", **keys, **QUICK)
 
 
 def test_an_encoder_of_t5_is_converted_without_its_decoder(saved: Callable[[str], Path], tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ class ShorteningJob:
         progress: Progress,
         training: dict[str, Any] | None = None,
     ) -> Verification:
-        ids, text, _ = windows
+        ids, text, *_ = windows
         numbers = dict.fromkeys(
             ("relative_logit_error", "max_logit_difference", "kl", "top1_agreement", "perplexity_dense", "perplexity"),
             1.0,

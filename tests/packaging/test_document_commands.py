@@ -16,6 +16,7 @@ import pytest
 from chats import sums, write_chats
 from click.testing import CliRunner
 from encoder_cases import image_encoder, image_folder, text_encoder
+from media_cases import pair_file, sound_folder, sound_model, two_towers
 from stand_ins import make_llama_cpp, make_vllm
 
 from upcycle.cli.main import cli
@@ -117,6 +118,13 @@ def reader(
     text_encoder("bert", tmp_path / "bert")
     image_encoder("vit", tmp_path / "vit", id2label={0: "class_0", 1: "class_1"})
     image_folder(tmp_path / "photos")
+    for name in ("bart", "t5", "flan-t5"):
+        text_encoder(name, tmp_path / name)
+    two_towers("clip", tmp_path / "clip")
+    sound_model("whisper", tmp_path / "whisper")
+    sound_folder(tmp_path / "speech")
+    pair_file(tmp_path / "pairs.jsonl")
+    (tmp_path / "captions.txt").write_text("a photo\n" * 3 + "another photo\na third one\n", encoding="utf-8")
     for name in ("llama", "ancestor", "SmolLM2-135M-Instruct"):
         shutil.copytree(pico("llama"), tmp_path / name)
     for name, made in zip(("math", "maths", "code", "coder", "law"), branches(5, 0.05), strict=True):

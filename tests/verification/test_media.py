@@ -8,27 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoProcessor, AutoTokenizer, CLIPImageProcessorPil, LlavaProcessor
+from media_cases import with_processor
+from transformers import AutoProcessor
 
 import upcycle
 from upcycle.architectures.clean_settings import clean_processor
-from upcycle.files.locate import DEMO_FOLDER
 from upcycle.publishing.model_card import make_card
 
 KEYS: dict[str, Any] = {"experts": 4, "top_k": 2, "verification": {"tokens": 64}}
-
-
-def with_processor(folder: Path) -> Path:
-    """Save, beside a LLaVA of 4,104 tokens, the processor that its class has, with the demo's tokenizer and one token more."""
-    tokenizer = AutoTokenizer.from_pretrained(DEMO_FOLDER / "model")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    strategy = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    LlavaProcessor(image_processor=images, tokenizer=tokenizer, patch_size=4, **strategy).save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    token = tokenizer.convert_tokens_to_ids("<image>")
-    (folder / "config.json").write_text(json.dumps(config | {"image_token_index": token}))
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,12 @@ from upcycle.errors import UsageError
 from upcycle.recipe.conversion_recipe import parse_size
 from upcycle.trainers.data.domain_mixture import Mixture
 from upcycle.trainers.data.domain_rows import Cursor, DomainRows
+from upcycle.trainers.data.masking import Masker
 from upcycle.trainers.data.open_domain import open_domain, open_domain_validation, token_cache, too_long_rule
 from upcycle.trainers.data.packing import PackedRow
 from upcycle.trainers.data.token_shards import Encoder
 from upcycle.trainers.data.validation_rows import held_out_documents, validation_rows
-from upcycle.trainers.recipe.data_recipe import DataRecipe
+from upcycle.trainers.recipe.data_recipe import DataRecipe, MaskingRecipe
 
 _VERSION = 1  # of the order of rows: a checkpoint of another one cannot be continued
 
@@ -33,6 +34,9 @@ class PackedBatch:
     nowhere else; ``domains`` the domain of each row; ``unpadded`` bool ``[B, L]``, the tokens that are no padding (``None``: targets
     and first tokens, which are all of text); ``compared`` bool ``[B, L]``, the answers of preferences, which are no targets (``None``:
     there are none). In a row of preferences, the worse answer's document follows the better one's.
+
+    For a masked language model, ``mask`` are the tokens that it predicts at their own places, and ``given`` int64 ``[B, L]`` is what
+    it reads.
     """
 
     ids: torch.Tensor
@@ -41,6 +45,7 @@ class PackedBatch:
     domains: tuple[str, ...]
     unpadded: torch.Tensor | None = None
     compared: torch.Tensor | None = None
+    given: torch.Tensor | None = None
 
     @property
     def real(self) -> torch.Tensor:
@@ -49,14 +54,18 @@ class PackedBatch:
 
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedBatch:
         """A batch of what ``change`` makes of every tensor, with the same domains."""
-        unpadded, compared = (None if part is None else change(part) for part in (self.unpadded, self.compared))
-        return PackedBatch(
-            change(self.ids), change(self.mask), change(self.positions), self.domains, unpadded, compared
-        )
+        parts: dict[str, Any] = {
+            name: change(part) for name, part in vars(self).items() if isinstance(part, torch.Tensor)
+        }
+        return replace(self, **parts)
 
     def flat(self) -> PackedBatch:
         """The same documents in one long row ``[1, B L]``, with the same losses: flash attention needs this."""
         return self.each(lambda part: part.reshape(1, -1))
+
+    def predicting(self, logits: torch.Tensor) -> torch.Tensor:
+        """Of logits ``[B, L, V]``, those ``[B, L - 1, V]`` that predict the tokens at positions 1 and on."""
+        return logits[:, :-1] if self.given is None else logits[:, 1:]
 
 
 class TokenStream:
@@ -74,10 +83,12 @@ class TokenStream:
         micro_batch: int,
         rank: int,
         world_size: int,
+        masker: Masker | None = None,
     ) -> None:
         self._domains = {domain.name: domain for domain in sorted(domains, key=lambda domain: domain.name)}
         self._mixture, self._facts = mixture, facts
         self._micro_batch, self._rank, self._world_size = micro_batch, rank, world_size
+        self._masker = masker
         self._row = 0
         self._preferences = {domain.name for domain in domains if domain.corpus.kind == "preferences"}
         self._cursors = {name: domain.skip(Cursor(), 0) for name, domain in self._domains.items()}
@@ -122,8 +133,11 @@ class TokenStream:
                 rows[place] = domain.row(cursor)
                 cursor = domain.skip(cursor, 1)
             self._cursors[name] = domain.skip(cursor, int((after == number).sum()))
+        first = self._row + len(before)
         self._row += len(drawn)
         batch = make_batch([rows[place] for place in range(len(mine))], [names[number] for number in mine])
+        if self._masker:
+            return self._masker(batch, range(first, first + len(mine)))
         return compared_batch(batch, [name in self._preferences for name in batch.domains])
 
     def state(self) -> dict[str, Any]:
@@ -184,7 +198,15 @@ class TokenStream:
 
 
 def open_stream(
-    data: DataRecipe, tokenizer: Any, *, length: int, micro_batch: int, rank: int, world_size: int, seed: int
+    data: DataRecipe,
+    tokenizer: Any,
+    *,
+    length: int,
+    micro_batch: int,
+    rank: int,
+    world_size: int,
+    seed: int,
+    masks: bool = False,
 ) -> TokenStream:
     """The training stream of ``data``, at its beginning.
 
@@ -196,16 +218,18 @@ def open_stream(
         rank: this one's number.
         world_size: number of ranks.
         seed: of all random choices.
+        masks: whether the model is a masked language model.
 
     Raises:
         UpcycleError: a domain cannot be read or is empty.
     """
+    masker = _masker(data, tokenizer, seed) if masks else None
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     domains = []
     examples = {}
     for domain in data.domains:
         corpus = open_domain(data, domain)
-        cache = token_cache(data, domain, corpus, tokenizer)
+        cache = token_cache(data, domain, corpus, tokenizer, masker.frame if masker else None)
         if corpus.kind != "text":
             examples[domain.name] = cache.encoder.fingerprint
         files = open_domain_validation(data, domain, corpus)
@@ -218,7 +242,7 @@ def open_stream(
             )
         )  # fmt: skip
     facts = {
-        "tokenizer": Encoder(tokenizer, data.end_of_text).fingerprint,
+        "tokenizer": Encoder(tokenizer, data.end_of_text, masker.frame if masker else None).fingerprint,
         "length": length,
         "seed": seed,
         "packing": data.packing,
@@ -228,35 +252,48 @@ def open_stream(
         "dynamic": data.dynamic.model_dump() if data.dynamic else None,
         "chat_template": examples or None,  # a fingerprint by domain; None, as if it were not there, where all is text
     }
-    return TokenStream(domains, Mixture(data.weights, data.dynamic, seed), facts, micro_batch, rank, world_size)
+    if masker:
+        facts["masking"] = (data.masking or MaskingRecipe()).model_dump()
+    mixture = Mixture(data.weights, data.dynamic, seed)
+    return TokenStream(domains, mixture, facts, micro_batch, rank, world_size, masker)
 
 
-def open_validation(data: DataRecipe, tokenizer: Any, *, length: int) -> dict[str, list[PackedBatch]]:
+def _masker(data: DataRecipe, tokenizer: Any, seed: int) -> Masker:
+    return Masker(data.masking or MaskingRecipe(), tokenizer, seed)
+
+
+def open_validation(
+    data: DataRecipe, tokenizer: Any, *, length: int, masks: bool = False
+) -> dict[str, list[PackedBatch]]:
     """Batches of each domain's held-out documents, in the recipe's order of domains; the same for every seed.
 
-    Of preferences, the better answers are the targets.
+    Of preferences, the better answers are the targets. With ``masks``, for a masked language model, what is masked is the same for
+    every seed, too.
 
     If ``validation.fraction`` is 0, only domains with validation files of their own have batches.
 
     Raises:
         UsageError: a fraction is to be held out, but no document falls into it.
     """
-    found = {}
+    masker = _masker(data, tokenizer, 0) if masks else None
+    found: dict[str, list[PackedBatch]] = {}
     for domain in data.domains:
         trained = open_domain(data, domain)
         files = open_domain_validation(data, domain, trained)
         if not files and not data.validation.fraction:
             continue
         corpus = files or trained
-        cache = token_cache(data, domain, corpus, tokenizer)
+        cache = token_cache(data, domain, corpus, tokenizer, masker.frame if masker else None)
         held_out = None if files else held_out_documents(domain.name, corpus, None, cache, data.validation.fraction)
         rule = too_long_rule(domain, corpus)
         rows = validation_rows(domain.name, corpus, cache, held_out, data.validation.tokens, length, rule)
         size = data.validation.batch
-        batches = [
-            make_batch(rows[at : at + size], [domain.name] * len(rows[at : at + size]))
-            for at in range(0, len(rows), size)
-        ]
+        batches = []
+        for at in range(0, len(rows), size):
+            part = rows[at : at + size]
+            batch = make_batch(part, [domain.name] * len(part))
+            keys = [("validation", domain.name, at + row) for row in range(len(part))]
+            batches.append(masker(batch, keys) if masker else batch)
         found[domain.name] = [better_answers(batch) if corpus.kind == "preferences" else batch for batch in batches]
     return found
 

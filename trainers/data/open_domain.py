@@ -10,6 +10,7 @@ from upcycle.files import user_paths
 from upcycle.files.user_paths import user_path
 from upcycle.recipe.conversion_recipe import parse_size
 from upcycle.text.reading.columns import Reading
+from upcycle.text.windows import Frame
 from upcycle.trainers.data.chat_templates import find_template
 from upcycle.trainers.data.corpus import Corpus, open_corpus
 from upcycle.trainers.data.domain_rows import SHARDS_TOGETHER
@@ -70,16 +71,26 @@ def too_long_rule(domain: DomainRecipe, corpus: Corpus) -> TooLong:
     return domain.too_long or usual.get(corpus.kind, "keep_start")
 
 
-def token_cache(data: DataRecipe, domain: DomainRecipe, corpus: Corpus, tokenizer: Any) -> TokenCache:
+def token_cache(
+    data: DataRecipe, domain: DomainRecipe, corpus: Corpus, tokenizer: Any, frame: Frame | None = None
+) -> TokenCache:
     """The cache of a domain's tokenised documents, with the encoder for what they are.
 
+    ``frame`` are the special tokens around every text, for a masked language model, which has seen them there.
+
     Raises:
+        UsageError: a masked language model is to learn examples.
         UsageError: examples need a chat template, and there is none.
         EnvironmentFault: there is no folder for a cache.
     """
     folder = token_cache_folder(data)
     if corpus.kind == "text":
-        return TokenCache(folder, Encoder(tokenizer, data.end_of_text))
+        return TokenCache(folder, Encoder(tokenizer, data.end_of_text, frame))
+    if frame is not None:
+        raise UsageError(
+            f"domain '{domain.name}' has conversations or pairs, and a masked language model learns text",
+            hint="give it text: a column of strings, or text files",
+        )
     plain = domain.joined == "plain"
     template = None if plain else find_template(tokenizer, data.chat_template)
     return TokenCache(folder, ExampleEncoder(tokenizer, data.end_of_text, template, domain.loss_on or "answers"))

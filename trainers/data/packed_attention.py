@@ -10,7 +10,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from upcycle.architectures.module_paths import text_config
+from upcycle.architectures.stock_auto import is_encoder
 from upcycle.errors import UsageError
+from upcycle.registry import find
 from upcycle.trainers.data.batches import PackedBatch
 
 if TYPE_CHECKING:
@@ -26,13 +28,15 @@ _RECURRENT = {"linear_attention": "linear attention", "conv": "short convolution
 
 
 def packed_forward(model: Any, batch: PackedBatch, last: int = 0) -> Any:
-    """A causal language model's output for a batch, whose documents do not see each other.
+    """A model's output for a batch, whose documents do not see each other; those of a masked language model's row do.
 
     Args:
         model: a stock model, or an engine around one.
         batch: rows ``[B, L]`` on the model's device.
         last: 0 for logits ``[B, L, V]``, or how many positions at the end of each row to compute logits of.
     """
+    if batch.given is not None:
+        return model(input_ids=batch.given, attention_mask=batch.real.long())
     some: dict[str, Any] = {"logits_to_keep": last} if last else {}
     stock = getattr(model, "module", model)
     if _takes_a_mask(stock.config):
@@ -60,7 +64,7 @@ def _takes_a_mask(config: Any) -> bool:
 
 def _architecture(config: Any) -> str:
     """The ``model_type`` of a model, or of the base of a wrapped one."""
-    return str(getattr(config, "base_model_type", None) or config.model_type)
+    return str(getattr(config, "base_model_type", None) or getattr(config, "model_type", ""))
 
 
 def check_fits(config: Any, tokenizer: Any, length: int) -> None:
@@ -74,8 +78,10 @@ def check_fits(config: Any, tokenizer: Any, length: int) -> None:
     Raises:
         UsageError: rows are longer than the model's context, or the tokenizer has a token without an embedding.
     """
-    config = text_config(config)
+    described, config = find("described", _architecture(config)), text_config(config)
     context = getattr(config, "max_position_embeddings", None)
+    if context is not None and described is not None and described.counts_from_padding:
+        context -= (config.pad_token_id or 0) + 1
     if context is not None and length > context:
         raise UsageError(
             f"rows of {length} tokens are longer than the model's context of {context}",
@@ -96,6 +102,8 @@ def packing_leak(config: Any, rows: int) -> str | None:
         rows: the micro-batch. Flash attention separates documents in a single row only; :meth:`PackedBatch.flat` makes one.
     """
     config, name = text_config(config), _architecture(config)
+    if is_encoder(config):
+        return f"{name} reads a row as a whole, as RoBERTa learned and data.packing: alone avoids"
     kinds = sorted({_RECURRENT[kind] for kind in getattr(config, "layer_types", None) or () if kind in _RECURRENT})
     if kinds:
         return f"{' and '.join(kinds)} layers of {name} run on from one document into the next"

@@ -20,6 +20,7 @@ from upcycle.errors import EnvironmentFault, UsageError
 from upcycle.files.formats.parsing import parse_json
 from upcycle.files.output.locks import one_at_a_time
 from upcycle.text.reading.conversations import Broken, TextOrExample, content_of, is_blank
+from upcycle.text.windows import Frame
 from upcycle.trainers.data.corpus import Corpus
 from upcycle.trainers.data.file_checks import NOTHING, FileCheck, refused_row
 from upcycle.trainers.data.packing import Int64
@@ -46,12 +47,13 @@ class TokenShard:
 class Encoder:
     """Turns documents into token ids, with the tokens that open and close them."""
 
-    def __init__(self, tokenizer: Any, end_of_text: bool = True) -> None:
+    def __init__(self, tokenizer: Any, end_of_text: bool = True, frame: Frame | None = None) -> None:
         """A document begins with a beginning-of-text token if the tokenizer itself puts one there.
 
         Args:
             tokenizer: the model's.
             end_of_text: whether to close every document with the end-of-text token.
+            frame: the tokens around every document instead, as encoders have them.
 
         Raises:
             UsageError: the tokenizer has no end-of-text token.
@@ -61,8 +63,10 @@ class Encoder:
         begin = tokenizer.bos_token_id
         self._head = [begin] if begin is not None and with_special[:1] == [begin] else []
         self._tail = [tokenizer.eos_token_id] if end_of_text else []
-        if self._tail == [None]:
+        if self._tail == [None] and frame is None:
             raise UsageError("the tokenizer has no end-of-text token", hint="set end_of_text: false in the data")
+        if frame is not None:
+            self._head, self._tail = list(frame.before), list(frame.behind)
         backend = getattr(tokenizer, "backend_tokenizer", None)
         content = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
         self.fingerprint = hashlib.sha256(repr((_FORMAT, content, self._head, self._tail)).encode()).hexdigest()[:16]

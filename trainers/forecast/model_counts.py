@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from upcycle.architectures.module_paths import find_module_paths
+from upcycle.architectures.module_paths import module_paths_of
 from upcycle.architectures.stock import empty_model
 from upcycle.architectures.towers.composite import refuse_parts
 from upcycle.files.formats.settings import base_type
@@ -135,9 +135,10 @@ def count_model(
 def _layers(model: Any) -> tuple[LayerCounts, ...]:
     config = model.config
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    queries, keys = config.num_attention_heads * head, (config.num_key_value_heads or config.num_attention_heads) * head
+    heads = config.num_attention_heads
+    queries, keys = heads * head, (getattr(config, "num_key_value_heads", None) or heads) * head
     routed = {layer.index: layer for layer in moe_layers(model)}
-    paths = find_module_paths(config.model_type)
+    paths = module_paths_of(config)
     found = []
     for index, layer in enumerate(paths.layers_in(model)):
         moe = routed.get(index)

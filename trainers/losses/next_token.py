@@ -1,10 +1,14 @@
-"""The next-token loss, to which every other loss of a step is added. B rows, L positions, V vocabulary."""
+"""The loss on tokens, to which every other loss of a step is added: of the next token, or of masked ones.
+
+B rows, L positions, V vocabulary.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch.nn.functional import cross_entropy, pad
 
+from upcycle.trainers.data.batches import PackedBatch
 from upcycle.trainers.routing.routing_rule import widened
 
 _NO_TARGET = -100
@@ -21,3 +25,17 @@ def next_token_losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     targets = pad(ids[:, 1:], (0, 1), value=_NO_TARGET)
     nats = cross_entropy(widened(logits).flatten(0, 1), targets.flatten(), reduction="none", ignore_index=_NO_TARGET)
     return nats.view(ids.shape)[:, :-1]
+
+
+def token_losses(logits: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """``-log p`` in nats of every token that a batch has to predict, at positions 1 and on: ``[B, L - 1]``; 0 elsewhere.
+
+    Args:
+        logits: ``[B, L, V]``, any floating dtype.
+        batch: what the model read. Where tokens are masked, each is predicted at its own place, else at the one before.
+    """
+    if batch.given is None:
+        return next_token_losses(logits, batch.ids) * batch.mask[:, 1:]
+    targets = batch.ids.masked_fill(~batch.mask, _NO_TARGET)
+    nats = cross_entropy(widened(logits).flatten(0, 1), targets.flatten(), reduction="none", ignore_index=_NO_TARGET)
+    return nats.view(batch.ids.shape)[:, 1:]

@@ -132,6 +132,20 @@ class DynamicWeights(StrictSettings):
     )
 
 
+class MaskingRecipe(StrictSettings):
+    """Which tokens a masked language model predicts, and what it reads in their place (BERT, arXiv 1810.04805)."""
+
+    fraction: float = Field(0.15, gt=0, le=1, description="share of a row's tokens that are predicted")
+    masked: float = Field(0.8, ge=0, le=1, description="share of these that are replaced by the mask token")
+    random: float = Field(0.1, ge=0, le=1, description="share that are replaced by a random token; all others stay")
+
+    @model_validator(mode="after")
+    def _shares(self) -> MaskingRecipe:
+        if self.masked + self.random > 1 + 1e-9:
+            raise ValueError(f"masked {self.masked:g} and random {self.random:g} are more than all of the tokens")
+        return self
+
+
 class DataRecipe(StrictSettings):
     """Everything that decides which tokens are read in which order, except the seed and the row length."""
 
@@ -147,6 +161,9 @@ class DataRecipe(StrictSettings):
     )
     shuffle: str = Field("32MB", description="how much text is shuffled at a time; it is tokenised ahead, on disk")
     validation: ValidationSplit = Field(default=ValidationSplit(), description="which documents are held out")
+    masking: MaskingRecipe | None = Field(
+        None, description="masked language models alone: which tokens are predicted (left out: as BERT)"
+    )
     end_of_text: bool = Field(True, description="close every document with the tokenizer's end-of-text token")
     broken_lines: Literal["stop", "skip"] = Field(
         "stop",

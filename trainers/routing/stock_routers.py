@@ -186,11 +186,19 @@ def _number(name: str, otherwise: int) -> int:
 
 
 def _own_places(model: nn.Module) -> list[RouterPlace]:
-    """Where the routers of a model of upcycle's own class are; of a model of parts, those of its text model, as data are text."""
+    """Where the routers of a model of upcycle's own class are; of a model of parts, those of its text model, as data are text.
+
+    Layers of two towers, or of stages, are numbered through, as a conversion numbers them.
+    """
     blocks = [(name, module) for name, module in model.named_modules() if isinstance(module, MoeBlock)]
     if blocks and (paths := read_by_text(model)) is not None:
         blocks = [(name, module) for name, module in blocks if paths.has(f"{name}.")]
-    return [RouterPlace(_number(name, place), block, block.router, ()) for place, (name, block) in enumerate(blocks)]
+    places = module_paths_in(model) if blocks else None
+    found = []
+    for place, (name, block) in enumerate(blocks):
+        layer = places.layer_of(f"{name}.") if places is not None else None
+        found.append(RouterPlace(_number(name, place) if layer is None else layer, block, block.router, ()))
+    return found
 
 
 def _own_layers(places: list[RouterPlace]) -> list[MoeLayer]:

@@ -185,7 +185,8 @@ def export_model(folder: Path, checkpoint: Path | None, ranks: Ranks, say: Calla
 def save_batches(folder: Path, step: int, rank: int, batches: Sequence[PackedBatch]) -> Path:
     """Save what a rank read in a step for inspection; returns the file.
 
-    Its tensors are ``ids.0``, ``mask.0`` and ``positions.0`` of the first pass, and so on, ``[B, L]`` each.
+    Its tensors are ``ids.0``, ``mask.0`` and ``positions.0`` of the first pass (and ``given.0``, where tokens are masked), and so on,
+    ``[B, L]`` each.
     """
     from safetensors.torch import save_file
 
@@ -193,7 +194,7 @@ def save_batches(folder: Path, step: int, rank: int, batches: Sequence[PackedBat
     tensors = {
         f"{name}.{number}": getattr(batch, name).cpu().clone()
         for number, batch in enumerate(batches)
-        for name in ("ids", "mask", "positions")
+        for name in ("ids", "mask", "positions", *(("given",) if batch.given is not None else ()))
     }
     save_file(tensors, path)
     return path

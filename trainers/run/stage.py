@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from upcycle.architectures.stock_auto import is_encoder
 from upcycle.errors import UpcycleError, UsageError
 from upcycle.files.user_paths import user_path
 from upcycle.models.load import load_model
@@ -30,6 +31,7 @@ from upcycle.trainers.forecast.flops import training_flops
 from upcycle.trainers.optimizing.optimizers import make_optimizer, state_keys
 from upcycle.trainers.optimizing.parameter_groups import frozen_parts, groups, select
 from upcycle.trainers.optimizing.router_rates import router_warning
+from upcycle.trainers.recipe.data_recipe import DataRecipe
 from upcycle.trainers.recipe.part_recipes import ControlParameters
 from upcycle.trainers.recipe.training_recipe import DistillationRecipe, StageRecipe, TrainRecipe, accumulation
 from upcycle.trainers.routing.stock_routers import moe_layers, unread_warning, untaught_warning
@@ -71,6 +73,8 @@ class Stage:
         # Into the host's memory: DeepSpeed moves to the device what each rank keeps. A checkpoint's fp32 weights follow below.
         dtype = getattr(torch, recipe.dtype)
         self.model = load_model(saved.folder if saved else origin, dtype, experts=recipe.experts, training=True)
+        self.masks = is_encoder(self.model.config)  # it is a masked language model: load_model loads no other encoder
+        self._check_objective(stage_recipe.data or recipe.data)
         check_fits(self.model.config, tokenizer, recipe.length)
         leak = packing_leak(self.model.config, recipe.micro_batch)
         checkpointing = recipe.activation_checkpointing
@@ -135,12 +139,27 @@ class Stage:
             rank=ranks.rank,
             world_size=ranks.world_size,
             seed=recipe.seed,
+            masks=self.masks,
         )
-        self.held_out = open_validation(data, tokenizer, length=recipe.length)
+        self.held_out = open_validation(data, tokenizer, length=recipe.length, masks=self.masks)
         if saved:
             saved.restore(self.tensors, states=resumed)
         elif recipe.dense_states:
             DenseStates(user_path(recipe.dense_states), origin).give(self.tensors)
+
+    def _check_objective(self, data: DataRecipe) -> None:
+        """Refuse keys that do not go with what the model predicts: masked tokens, or the next one."""
+        name, distillation = self.stage_recipe.name, self.stage_recipe.distillation
+        if data.masking and not self.masks:
+            raise UsageError(
+                f"stage '{name}': data.masking is for masked language models, and {self.recipe.model} predicts the next token",
+                hint="leave masking out",
+            )
+        if self.masks and distillation and distillation.cache:
+            raise UsageError(
+                f"stage '{name}': distillation.cache keeps what a parent says of a row, and a row is masked anew whenever it is read",
+                hint="leave cache out",
+            )
 
     @property
     def top_k(self) -> int:

@@ -30,7 +30,7 @@ from upcycle.trainers.distillation.preference import pairs_in, preference_losses
 from upcycle.trainers.distributed.ranks import Ranks
 from upcycle.trainers.distributed.reduction import Reduction
 from upcycle.trainers.losses.base import Loss, Means, WholeBatch, auxiliary_losses, loss_terms, make_losses
-from upcycle.trainers.losses.next_token import next_token_losses
+from upcycle.trainers.losses.next_token import token_losses
 from upcycle.trainers.losses.survey import Survey, needed
 from upcycle.trainers.recipe.part_recipes import ControlParameters
 from upcycle.trainers.recipe.training_recipe import StageRecipe
@@ -222,7 +222,7 @@ class Stepper:
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor, list[RouterRecord]]:
         """The loss to differentiate, its other parts by name, next-token losses ``[B, L - 1]``, and the routers' records."""
         logits = packed_forward(engine, batch).logits
-        nats = next_token_losses(logits, batch.ids) * batch.mask[:, 1:]
+        nats = token_losses(logits, batch)
         distillation = self.parent.recipe if self.parent else None
         loss = nats.sum() * weight * (distillation.next_token if distillation else 1.0)
         parts: dict[str, torch.Tensor] = {}
@@ -245,10 +245,10 @@ class Stepper:
     ) -> dict[str, torch.Tensor]:
         """The stage's distillation losses by name, weighted; all read the same forward pass of the parent."""
         whole, mask = parent.targets(batch), batch.mask[:, 1:]
-        wanted = whole[:, :-1] if isinstance(whole, torch.Tensor) else whole
+        wanted = batch.predicting(whole) if isinstance(whole, torch.Tensor) else whole
         found: dict[str, torch.Tensor] = {}
         if parent.recipe.logits:
-            mean = logits_kl(logits[:, :-1], wanted, mask, parent.recipe.temperature)
+            mean = logits_kl(batch.predicting(logits), wanted, mask, parent.recipe.temperature)
             found["kl"] = parent.recipe.logits * mean * mask.sum() * weight
         if parent.recipe.preference and pairs_in(batch):
             assert isinstance(whole, torch.Tensor)

@@ -10,14 +10,14 @@ import torch
 from upcycle.trainers.data.batches import PackedBatch
 from upcycle.trainers.data.packed_attention import packed_forward
 from upcycle.trainers.distributed.ranks import Ranks
-from upcycle.trainers.losses.next_token import next_token_losses
+from upcycle.trainers.losses.next_token import token_losses
 from upcycle.trainers.routing.router_control import RouterControl
 
 
 def validate(
     engine: Any, held_out: Mapping[str, Sequence[PackedBatch]], ranks: Ranks, control: RouterControl | None = None
 ) -> dict[str, float]:
-    """Mean next-token loss of every domain, in nats per target.
+    """Mean loss of every domain, in nats per target: of the next token, or of masked ones.
 
     Args:
         engine: the model, or DeepSpeed's engine around it; in training mode afterwards.
@@ -39,9 +39,8 @@ def validate(
                     control.rows(batch.real)
                 logits = packed_forward(engine, batch).logits
                 if counts:
-                    mask = batch.mask[:, 1:]
-                    nats += float((next_token_losses(logits, batch.ids) * mask).double().sum())
-                    count += int(mask.sum())
+                    nats += float(token_losses(logits, batch).double().sum())
+                    count += int(batch.mask[:, 1:].sum())
             sums += [nats, float(count)]
     engine.train()
     totals = ranks.sums(*sums)

@@ -156,13 +156,9 @@ class ModulePaths:
         """Return these paths with what a model tells of them: for most architectures, its configuration tells all."""
         return self
 
-    def first_in(self, index: int) -> str:
-        """Return the first module of the FFN of one layer, below the layer."""
-        return self.block
-
-    def ends_in(self, index: int) -> str | None:
-        """Return the module whose output is the FFN's, where that is another one."""
-        return self.ends
+    def place(self, index: int) -> LayerPlace:
+        """Return where one layer is, and which of its modules are the FFN."""
+        return LayerPlace(self.layer(index), self.block, self.ends, self.closing)
 
     def blocks_in(self, layer: nn.Module) -> list[nn.Module]:
         """Return those of ``blocks`` that a layer has."""
@@ -187,11 +183,13 @@ class LayerPlace:
         layer: the path of a layer; in a description with ``{}`` for its number.
         first: the module whose place experts take, below the layer.
         ends: the module whose output is the FFN's, where that is another one.
+        closing: the norm behind the sum of the stream and the FFN's output, if there is one.
     """
 
     layer: str
     first: str
     ends: str | None = None
+    closing: str | None = None
 
 
 @dataclass(frozen=True)
@@ -228,13 +226,9 @@ class ListedPaths(ModulePaths):
         """Return the path of the module whose place experts take."""
         return f"{self.layer(index)}.{self.places[index].first}"
 
-    def first_in(self, index: int) -> str:
+    def place(self, index: int) -> LayerPlace:
         """See :class:`~upcycle.architectures.module_paths.ModulePaths`."""
-        return self.places[index].first
-
-    def ends_in(self, index: int) -> str | None:
-        """See :class:`~upcycle.architectures.module_paths.ModulePaths`."""
-        return self.places[index].ends
+        return self.places[index]
 
     def layer_of(self, name: str) -> int | None:
         """Return the index of the layer that a tensor or module belongs to; None outside the layers."""

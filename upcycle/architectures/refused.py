@@ -12,7 +12,7 @@ _NO_ROPE_BLOCK = (
     "its block has LayerNorms with biases and an FFN that is not gated, and no stock MoE architecture has that block"
 )
 _PARALLEL = "its attention and FFN run in parallel, and no stock MoE architecture converted here has that block"
-_LINEAR = "can only be undone by weights so small that no optimizer trains them"
+_LINEAR = "can only be undone by weights so small that they train at learning rates of their own, if at all"
 _GEMMA3 = f"it norms the FFN's output too, as Gemma 4's MoE does, but that also norms values, which {_LINEAR}"
 _MOES = (
     *(

@@ -241,15 +241,7 @@ def load_processor(path: Path) -> Any:
         CheckpointError: a settings file is not a JSON object.
         EnvironmentFault: the processor cannot be loaded, as a package that it needs is missing, or a file is damaged.
     """
-    from transformers import AutoProcessor
-
-    with view(path, tokenizer=True) as clean, quiet_transformers():
-        try:
-            return AutoProcessor.from_pretrained(clean, trust_remote_code=False, local_files_only=True)
-        except (MemoryError, UpcycleError):
-            raise
-        except Exception as error:  # damaged files, and packages that are missing, raise errors of many kinds
-            raise EnvironmentFault(f"the processor in {path} cannot be loaded: {_first_line(error)}") from None
+    return _loaded_processor(path, "AutoProcessor", "processor")
 
 
 def load_image_processor(path: Path) -> Any:
@@ -260,22 +252,40 @@ def load_image_processor(path: Path) -> Any:
         CheckpointError: a settings file is not a JSON object.
         EnvironmentFault: the processor cannot be loaded, as a package that it needs is missing, or a file is damaged.
     """
-    from transformers import AutoImageProcessor
+    _needs_processor(path, "images")
+    return _loaded_processor(path, "AutoImageProcessor", "image processor", "pip install pillow")
 
+
+def load_feature_extractor(path: Path) -> Any:
+    """Load the stock feature extractor of a folder: it makes what a model reads of sounds.
+
+    Raises:
+        UsageError: none lies in the folder.
+        CheckpointError: a settings file is not a JSON object.
+        EnvironmentFault: it cannot be loaded, as a package that it needs is missing, or a file is damaged.
+    """
+    _needs_processor(path, "sounds")
+    return _loaded_processor(path, "AutoFeatureExtractor", "feature extractor")
+
+
+def _needs_processor(path: Path, what: str) -> None:
     if not any((path / name).is_file() for name in PROCESSORS):
         raise UsageError(
-            f"{path} has no preprocessor_config.json, by which images become what the model reads",
+            f"{path} has no preprocessor_config.json, by which {what} become what the model reads",
             hint="put the original model's preprocessor_config.json beside the weights",
         )
+
+
+def _loaded_processor(path: Path, auto: str, what: str, hint: str | None = None) -> Any:
+    import transformers
+
     with view(path, tokenizer=True) as clean, quiet_transformers():
         try:
-            return AutoImageProcessor.from_pretrained(clean, trust_remote_code=False, local_files_only=True)
+            return getattr(transformers, auto).from_pretrained(clean, trust_remote_code=False, local_files_only=True)
         except (MemoryError, UpcycleError):
             raise
         except Exception as error:  # damaged files, and packages that are missing, raise errors of many kinds
-            raise EnvironmentFault(
-                f"the image processor in {path} cannot be loaded: {_first_line(error)}", hint="pip install pillow"
-            ) from None
+            raise EnvironmentFault(f"the {what} in {path} cannot be loaded: {_first_line(error)}", hint=hint) from None
 
 
 @contextmanager

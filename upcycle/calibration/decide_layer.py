@@ -198,6 +198,14 @@ def decide_layer(
     return Decision(blueprint, report, ActiveNeurons(routing, active, routing.stored(blueprint)))
 
 
+def computed(job: ExpertJob, ffn: FeedForward, blueprint: LayerBlueprint, activations: Activations) -> Outputs:
+    """Return what a layer that was decided before computes: to the bit what :func:`decide_layer` returned beside its blueprint."""
+    if job.refit == "blocks":
+        return OwnTensors(LayerFunction(ffn, blueprint), activations)
+    routing = Routing(blueprint, ffn)
+    return ActiveNeurons(routing, ExpertActivations(activations, routing.active), routing.stored(blueprint))
+
+
 def reconstruct_layer(
     job: ExpertJob,
     blueprint: LayerBlueprint,

@@ -37,7 +37,8 @@ def calibration_windows(
         raise UsageError("calibration reads text, and --tokenizer none leaves no tokenizer", hint="--tokenizer copy")
     window = min(wanted.window, job.context, wanted.tokens)
     tokenizer = load_tokenizer(checkpoint.source.path)
-    if getattr(getattr(job, "family", None), "encoder", False):
+    family = getattr(job, "family", None)
+    if family is not None and (family.encoder or family.reads == "pairs"):
         return _framed(wanted, window, tokenizer, progress), None
     read, own = tokens_of(wanted, read_texts(wanted), window, tokenizer, checkpoint, job.recipe.seed)
     found = (0 if read is None else read.numel()) + (own.windows * window if own else 0)

@@ -16,6 +16,7 @@ from upcycle.conversion.threads import torch_threads
 from upcycle.errors import UsageError
 from upcycle.ffn.blueprint import BlueprintFile, LayerBlueprint
 from upcycle.ffn.expert_tensors import ExpertTensors
+from upcycle.files.records import hash_tokens
 from upcycle.methods.base import AnyMethod
 from upcycle.planning.expert_job import ExpertJob
 from upcycle.planning.from_configs import describe_dense
@@ -101,7 +102,13 @@ class ExpertConversion(ExpertJob):
             from upcycle.calibration.source_samples import read_samples
 
             samples = read_samples(self, checkpoint)
-        if self.calibrated and self.family.reads == "images":
+        if self.calibrated and self.family.pauses:
+            from upcycle.calibration.read_inputs import calibration_inputs, reads_texts
+
+            if not reads_texts(self):
+                self.check_memory()
+                return TokensRead(inputs=calibration_inputs(self, checkpoint, progress))
+        elif self.calibrated and self.family.reads == "images":
             from upcycle.calibration.read_images import calibration_images
 
             self.check_memory()
@@ -118,17 +125,36 @@ class ExpertConversion(ExpertJob):
         self, checkpoint: Checkpoint, tokens: TokensRead, folder: Path, progress: Progress
     ) -> tuple[Self, dict[str, Any] | None]:
         """Decide every layer on the text; without text, layers are decided when they are written."""
+        assert isinstance(checkpoint, DenseCheckpoint)
+        if self.family.pauses and (tokens.inputs or tokens.ids):
+            return self, self._decide_paused(checkpoint, tokens, folder, progress)
         if not tokens.ids:
             return self, None
         from upcycle.calibration.calibrate import calibrate
         from upcycle.text.mixture import traces
 
-        assert isinstance(checkpoint, DenseCheckpoint)
         pixels = tokens.images.pixels if tokens.images else None
         record = calibrate(self, checkpoint, tokens.windows, folder, progress, tokens.samples, pixels)
         if tokens.images:
             return self, {**record, **tokens.about}
         return self, record if tokens.windows is None else {**record, **traces(self.recipe.calibration), **tokens.about}
+
+    def _decide_paused(
+        self, checkpoint: DenseCheckpoint, tokens: TokensRead, folder: Path, progress: Progress
+    ) -> dict[str, Any]:
+        """Decide every layer of a model whose passes pause at its layers; return what ``upcycle.json`` says of the calibration."""
+        from upcycle.calibration.paused_walk import calibrate_paused
+        from upcycle.calibration.read_inputs import text_batches
+        from upcycle.text.mixture import traces
+
+        texts, mode = self.recipe.calibration, self.calibration_mode
+        if tokens.inputs:
+            calibrate_paused(self, checkpoint, tokens.inputs.batches(), folder, progress)
+            return {**tokens.inputs.about, "mode": mode}
+        assert tokens.windows is not None
+        calibrate_paused(self, checkpoint, text_batches(self, checkpoint, tokens.windows), folder, progress)
+        read = {"text": texts.texts, "tokens": tokens.windows.numel(), "window": tokens.windows.shape[1]}
+        return {**read, "token_ids_sha256": hash_tokens(tokens.windows), "mode": mode, **traces(texts), **tokens.about}
 
     def blocks(
         self, unit: Unit, checkpoint: Checkpoint, folder: Path, threads: int

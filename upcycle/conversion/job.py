@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from upcycle.calibration.own_text import OwnText
+    from upcycle.calibration.read_inputs import InputSet
     from upcycle.checkpoints.checkpoint import Checkpoint
     from upcycle.checkpoints.output_layout import OutputEntry, Unit
     from upcycle.ffn.source_samples import Samples
@@ -36,6 +37,7 @@ class TokensRead:
         own: the windows that the model still has to write itself; None: none.
         about: what ``upcycle.json`` says about those that it has written.
         images: the images that the numbers in ``windows`` stand for; None: the model reads text.
+        inputs: what a model reads that pauses at its layers and reads more than a text; None: ``windows`` are all.
     """
 
     windows: torch.Tensor | None = None
@@ -43,6 +45,7 @@ class TokensRead:
     own: OwnText | None = None
     about: dict[str, Any] = field(default_factory=dict)
     images: ImageSet | None = None
+    inputs: InputSet | None = None
 
     @property
     def ids(self) -> list[torch.Tensor]:

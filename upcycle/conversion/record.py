@@ -36,6 +36,7 @@ def fingerprint(job: PlannedJob, checkpoint: Checkpoint, blueprint: Path | None,
     tokens: list[Any] = [hash_tokens(windows) for windows in read.ids]
     tokens += [asdict(read.own)] if read.own else []
     tokens += [read.images.sha256] if read.images else []
+    tokens += read.inputs.sha256 if read.inputs else []
     code = (versions()["upcycle"], versions()["torch"])
     parts = [recipe, checkpoint.fingerprint, checkpoint.version, given, tokens, *code]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from upcycle.errors import UsageError
 from upcycle.evaluation.encoders.embeddings import EmbeddingResult
 from upcycle.evaluation.encoders.image_classes import ClassResult
 from upcycle.evaluation.encoders.measure import encoder_folder, measure_encoder
+from upcycle.evaluation.encoders.two_inputs import RetrievalResult, measure_two_inputs, reads_more
 from upcycle.evaluation.speed import Speed, measure_speed
 from upcycle.evaluation.task_scores import TaskScores, score_tasks
 from upcycle.files import records
@@ -25,6 +26,7 @@ from upcycle.files.user_paths import user_path
 from upcycle.models.load import load_model
 from upcycle.notebook import IN_NOTEBOOKS, HtmlShown
 from upcycle.progress import Progress
+from upcycle.recipe.recipe_parts import CalibrationRecipe
 from upcycle.text.held_out import unseen
 from upcycle.text.reading.plain_text import DEMO_TEXTS, EVERYDAY
 from upcycle.text.windows import encode
@@ -69,6 +71,7 @@ class Evaluation(HtmlShown):
     speed: Speed | None = None
     embeddings: EmbeddingResult | None = None
     classes: ClassResult | None = None
+    retrieval: RetrievalResult | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for ``--json``."""
@@ -91,13 +94,16 @@ def evaluate(
     batch: int = 8,
     speed: bool = False,
     images: str | Path | None = None,
+    column: str = "text",
+    target: str | None = None,
     progress: Progress = IN_NOTEBOOKS,
 ) -> Evaluation:
     """Measure perplexity in fp32 with strided windows, and the load of every expert; or scores on ``tasks``, or ``speed``.
 
     An encoder is measured by what its class is for. Masked language models: the pseudo-perplexity (arXiv 1910.14659) of some of
     each text's tokens, from windows of at most 128. Image classifiers: accuracy on ``images``, and agreement with the reference.
-    Others: the cosine of their embeddings with the reference's, and how many of the ten nearest neighbours are the same.
+    Others: the cosine of their embeddings with the reference's, and how many of the ten nearest neighbours are the same. Models
+    of an encoder and a decoder: the loss of what the decoder writes. CLIP and SigLIP: how often an image finds its caption.
 
     Windows of ``window`` tokens begin ``stride`` tokens apart (default: half a window), and each token counts only once, so that
     all tokens after the first window have at least ``window - stride`` tokens of context. Scores and speed are saved in
@@ -115,7 +121,10 @@ def evaluate(
         task_folder: folder with more tasks, which may not run code.
         limit: only the first questions of each task.
         batch: sequences per forward pass of a task.
-        images: for encoders of images, a folder of them; of a classifier, with a subfolder per class.
+        images: for encoders of images, a folder of them; of a classifier, with a subfolder per class; of CLIP, with a caption
+            (``NAME.txt``) beside each.
+        column: of a model of two texts, the column of ``text`` (files of rows, hub datasets) that its encoder reads.
+        target: the column that its decoder writes.
         speed: time prefill and decoding of both models, in turns, and measure their memory.
         progress: receives the progress.
 
@@ -139,6 +148,15 @@ def evaluate(
         timed = measure_speed(str(model), other, progress=progress)
         _keep(str(model), {"speed": timed.as_dict()}, progress)
     names = [text] if isinstance(text, str) else list(text or ([] if scores or timed else DEMO_TEXTS))
+    if names and reads_more(str(model)) is not None:
+        sources = [str(images)] if images else []
+        wanted = {
+            "text": [*sources, *(names if text else [])],
+            "column": column,
+            "target": target,
+            "window": max(8, window),
+        }
+        return _of_two_inputs(str(model), other, CalibrationRecipe.model_validate(wanted), tokens, progress)
     if names and encoder_folder(str(model)) is not None:
         chosen = names if text else [*DEMO_TEXTS, EVERYDAY]
         return _of_encoder(
@@ -250,6 +268,48 @@ def _of_encoder(
         found.layers,
         embeddings=found.embeddings,
         classes=found.classes,
+    )
+
+
+def _of_two_inputs(
+    model: str, reference: str | None, wanted: CalibrationRecipe, tokens: int | None, progress: Progress
+) -> Evaluation:
+    reads = reads_more(model)
+    if not wanted.texts or (reads == "pairs" and wanted.target is None):
+        hint = {
+            "pairs": "--text ROWS.jsonl --column QUESTION --target ANSWER, the columns of encoder and decoder",
+            "images and text": "--images FOLDER, with a caption (NAME.txt) beside each image",
+        }.get(
+            str(reads), "--text FOLDER" + (" of sounds, with a .txt beside each" if reads == "speech" else " of sounds")
+        )
+        raise UsageError(f"{model} reads {reads}, and none are named", hint=hint)
+    calibration = _calibration(model) or {}
+    seen = [PurePath(str(name)).name for name in calibration.get("text") or []]
+    found = measure_two_inputs(model, reference, wanted, tokens, seen, progress)
+    texts = [
+        TextResult(
+            text=name,
+            tokens=count,
+            predicted=count,
+            nats_per_token=loss,
+            perplexity=perplexity_of(loss),
+            remark=remark,
+            reference_nats_per_token=found.reference_losses.get(name),
+            reference_perplexity=perplexity_of(found.reference_losses[name])
+            if name in found.reference_losses
+            else None,
+        )
+        for name, (loss, count, remark) in found.losses.items()
+    ]
+    return Evaluation(
+        model,
+        reference,
+        wanted.window,
+        0,
+        texts,
+        found.layers,
+        embeddings=found.embeddings,
+        retrieval=found.retrieval,
     )
 
 

@@ -38,7 +38,8 @@ def load_model(
         experts: transformers' implementation of experts, ``auto`` for the fastest here (see
             :func:`~upcycle.models.experts.use_experts`), or None for transformers' own choice.
         training: return it in training mode and without a cache, and refuse stored weights that the model does not have: an
-            export would lose them. Memory is not checked: ``plan train`` forecasts it for all ranks.
+            export would lose them. Memory is not checked: ``plan train`` forecasts it for all ranks. Of encoders, masked language
+            models are trained.
         encoder: whether an encoder is wanted, and nothing else.
 
     Raises:
@@ -48,23 +49,24 @@ def load_model(
     """
     settle_code_paths()
     path = source if isinstance(source, Path) else locate(source).path
-    found = path.is_dir() and is_encoder(clean_file(path / CONFIG))
+    raw = clean_file(path / CONFIG) if path.is_dir() else {}
+    found = bool(raw) and is_encoder(raw)
     if training and path.is_dir() and is_packed(read_config(path)):
         raise UsageError(
             f"{source} holds weights in few bits, which no gradient can change",
             hint="train the full-precision model that it was made from, and round the result: upcycle compress MOE OUT --bits 4",
         )
-    if found and training:
+    if found and training and not str((raw.get("architectures") or [""])[0]).endswith("ForMaskedLM"):
         raise UsageError(
-            f"{source} is an encoder, and upcycle trains by the loss of the next token, which encoders do not predict",
+            f"{source} is an encoder without a head for masked tokens, and upcycle trains by the loss of masked or next tokens",
             hint="transformers' Trainer trains it after `import upcycle.models`, with a loss of yours",
         )
-    if found and not encoder:
+    if found and not encoder and not training:
         raise UsageError(
             f"{source} is an encoder: it writes no text, and has no perplexity",
             hint="upcycle verify and evaluate measure it; transformers' AutoModel loads it after `import upcycle.models`",
         )
-    if path.is_dir() and is_encoder_decoder(clean_file(path / CONFIG)):
+    if raw and is_encoder_decoder(raw):
         raise UsageError(
             f"{source} has an encoder and a decoder: this command runs models that continue one text",
             hint="upcycle verify compares its logits; transformers loads it after `import upcycle.models`, and generates",

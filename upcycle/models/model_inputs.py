@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -50,11 +51,15 @@ class ModelRun:
             case _:
                 return {"input_ids": ids}
 
-    def compared(self, ids: torch.Tensor, last: int = 0) -> torch.Tensor:
+    def compared(
+        self, ids: torch.Tensor, last: int = 0, given: Mapping[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
         """Return fp32 logits ``[N, T, V]``, or states, or where there are two towers their embeddings ``[N, 2, P]``.
 
-        With ``last``, of the last positions alone.
+        With ``last``, of the last positions alone. ``given`` are the model's arguments, where they are more than ``ids`` tell.
         """
+        if given is not None:
+            return self._compared(given, last)
         if self._model.config.model_type not in FOUND:
             return self._compared(self.inputs(ids), last)
         try:
@@ -66,7 +71,7 @@ class ModelRun:
                 hint="another number of tokens to verify on, --verify-tokens, or describe it (docs/develop/describe_a_model.md)",
             ) from None
 
-    def _compared(self, inputs: dict[str, torch.Tensor], last: int) -> torch.Tensor:
+    def _compared(self, inputs: Mapping[str, torch.Tensor], last: int) -> torch.Tensor:
         with torch.no_grad():
             if not self.gives_states:
                 logits: torch.Tensor = self._model(**inputs, use_cache=False, **self._kept(last)).logits
@@ -76,6 +81,7 @@ class ModelRun:
             return torch.stack([made.text_embeds, made.image_embeds], 1)
         found = [made.get("encoder_last_hidden_state"), made.get("last_hidden_state")]
         found = [states for states in found if states is not None] or [made.logits]
+        found = [states.flatten(2).transpose(1, 2) if states.dim() == 4 else states for states in found]  # [N, d, H, W]
         states = torch.cat(found, 1)
         return states[:, -last:] if last else states
 
@@ -83,11 +89,14 @@ class ModelRun:
         return {"logits_to_keep": last} if "logits_to_keep" in _arguments(self._model) else {}
 
     def _states_from(self) -> Any:
-        """Return the model whose states are compared: without a head, where the part without one reads what the whole reads."""
-        model = self._model
-        if not self.gives_states or type(model).__name__.endswith("Model"):
-            return model
-        return model.base_model if model.main_input_name in _arguments(model.base_model) else model
+        return states_model(self._model) if self.gives_states else self._model
+
+
+def states_model(model: Any) -> Any:
+    """Return the model whose states are compared: without a head, where the part without one reads what the whole reads."""
+    if type(model).__name__.endswith("Model"):  # whose own base model can be a part of it
+        return model
+    return model.base_model if model.main_input_name in _arguments(model.base_model) else model
 
 
 def random_images(seeds: torch.Tensor, config: Any) -> torch.Tensor:

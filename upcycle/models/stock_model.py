@@ -61,13 +61,13 @@ class StockModel:
         self.load(index)
         return self._paths.blocks_in(self.layers[index])
 
-    def logits(self, ids: torch.Tensor, last: int = 0) -> torch.Tensor:
+    def logits(self, ids: torch.Tensor, last: int = 0, given: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
         """Return fp32 logits ``[N, T, V]`` for token ids ``[N, T]``, or an encoder's states ``[N, T, d]``.
 
         See :meth:`upcycle.models.model_inputs.ModelRun.compared`. An encoder of images or sounds takes seeds
         ``[N, 1]``, or images ``[N, C, H, W]``.
         """
-        return self._run.compared(ids, last)
+        return self._run.compared(ids, last, given)
 
     def logits_of(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return fp32 logits ``[N, T, V]`` for all that a model of parts reads, by the names of its arguments."""

@@ -333,9 +333,11 @@ def calibration_memory(job: ExpertJob) -> int:
         # Two FFNs as stored and their gate and up in fp32, a second batch, the similarities, and their negatives in fp64.
         compared = 2 * (3 * TensorSpec((1,), job.dtype).nbytes + 2 * 4) * width * d
         compared += 4 * CALIBRATION_BATCH_TOKENS * (width + d) + (4 + 8) * width * width
+    # Passes that pause keep their states: of both streams, what a layer reads, gives and adds, and what its FFN reads and makes.
+    held = 8 * job.recipe.calibration.tokens * d if job.family.pauses else 0
     return (
         RESIDENT_BYTES
-        + 4 * (2 * weights + batch + kept)
+        + 4 * (2 * weights + batch + kept + held)
         + max(8 * fit, 4 * trained)
         + compared
         + min(REUSED_BYTES, 4 * kept)

@@ -125,6 +125,20 @@ def check_text(recipe: Recipe, what: str) -> None:
         raise UsageError(f"{what} looks at activations and needs calibration text", hint=CALIBRATION_HINT)
 
 
+def check_columns(recipe: Recipe, family: Family) -> None:
+    """Refuse a column for a second text where the model reads none.
+
+    Raises:
+        UsageError: the model reads one text, image or sound.
+    """
+    reads = family.calibrates_on or family.reads
+    if recipe.calibration.target is not None and reads in ("text", "images", "sounds"):
+        raise UsageError(
+            f"calibration.target names a second text, and a {family.name} model reads {reads} alone",
+            hint="leave calibration.target out",
+        )
+
+
 def check_calibrates(family: Family, by_loss: str | None = None) -> None:
     """Refuse to calibrate a model of a family that cannot be calibrated.
 
@@ -135,6 +149,11 @@ def check_calibrates(family: Family, by_loss: str | None = None) -> None:
     Raises:
         RefusalError: it cannot; the message says why.
     """
+    if by_loss and family.pauses and not family.encoder:
+        raise RefusalError(
+            f"{by_loss} runs the layers of a decoder one by one, and those of a {family.name} model are no single row",
+            hint="a method that looks at activations, such as coactivation_kmeans",
+        )
     if by_loss and family.encoder:
         raise RefusalError(
             f"{by_loss} goes by the loss of the next token, and a {family.name} model is an encoder, which predicts none",

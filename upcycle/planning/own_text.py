@@ -13,16 +13,22 @@ BATCH_TOKENS = 16384  # written side by side; fixed, since the size of a batch c
 _LOGIT_BYTES = 28  # of every token of the vocabulary: logits in fp32, and in fp64 with probabilities and their sums
 
 
-def check_own_text(recipe: Recipe, encoder: bool = False) -> None:
+def check_own_text(recipe: Recipe, encoder: bool = False, reads: str = "text") -> None:
     """Refuse self-written text where there are several sources (text of one of them would favour that one), and of encoders.
+
+    Args:
+        recipe: the recipe.
+        encoder: whether the model is one.
+        reads: what it reads; no text is written here from anything but a text.
 
     Raises:
         UsageError: the recipe calibrates on self-written text, and has several sources or a model that writes none.
     """
-    if encoder and recipe.calibration.own:
+    if (encoder or reads != "text") and recipe.calibration.own:
+        what = "an encoder writes none" if encoder else f"a model that reads {reads} continues none"
         raise UsageError(
-            "calibration: self is text that the model writes, and an encoder writes none",
-            hint="name a text file: --calibration FILE",
+            f"calibration: self is text that the model writes, and {what}",
+            hint="name a file: --calibration FILE" if reads in ("text", "pairs") else "name files: --calibration NAME",
         )
     if recipe.sources and recipe.calibration.own:
         raise UsageError(

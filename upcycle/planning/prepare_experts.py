@@ -19,7 +19,7 @@ from upcycle.files.formats.tensor_spec import TensorSpec
 from upcycle.methods.base import AnyMethod, Method
 from upcycle.methods.mixing.base import mixing
 from upcycle.planning.expert_job import ExpertJob, looks_at_text
-from upcycle.planning.job import CALIBRATION_HINT, check_calibrates, check_text, check_tokenizer
+from upcycle.planning.job import CALIBRATION_HINT, check_calibrates, check_columns, check_text, check_tokenizer
 from upcycle.planning.kept_units import kept_units
 from upcycle.planning.own_text import check_own_text
 from upcycle.planning.routing_rule import (
@@ -78,7 +78,8 @@ def prepare_experts(
     if family.reads in SEEDED and not has_tokenizer:
         recipe = recipe.model_copy(update={"tokenizer": "none"})
     check_tokenizer(recipe, has_tokenizer)
-    check_own_text(recipe, family.encoder)
+    check_own_text(recipe, family.encoder, family.calibrates_on or family.reads)
+    check_columns(recipe, family)
     check_counts(recipe)
     method = method.joined(mix, recipe)
     assert isinstance(method, Method)

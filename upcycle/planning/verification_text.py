@@ -14,6 +14,7 @@ from upcycle.files.user_paths import user_path
 from upcycle.images.files import evenly_spread, image_files
 from upcycle.images.pixels import ImageReader
 from upcycle.images.sources import read_images
+from upcycle.inputs.read import alike, find_inputs
 from upcycle.models.image_states import image_states
 from upcycle.text.held_out import FLATTERING, Parts, flattered, seen_share, sketch
 from upcycle.text.mixture import read_parts
@@ -21,10 +22,12 @@ from upcycle.text.reading.plain_text import DEMO_TEXTS, EVERYDAY, read_text
 from upcycle.text.windows import Frame, demo_parts, encode, frame_of, windows_of
 
 if TYPE_CHECKING:
+    from upcycle.architectures.dense.base import Family
     from upcycle.checkpoints.checkpoint import Checkpoint
     from upcycle.planning.job import PlannedJob
     from upcycle.recipe.recipe_parts import CalibrationRecipe
 
+_LEAST_EXAMPLES = 4  # of what is longer than the tokens that are wanted
 _SEEDS, _IMAGES = 16, 64  # at most, of a model that reads images or sounds: random ones, and those of files
 _BESIDE = {  # what a model reads beside its tokens
     "pairs": ", read by encoder and decoder",
@@ -41,11 +44,14 @@ class MeasuredText(NamedTuple):
         ids: token ids, int64 ``[N, W]``; of a model that reads images, these, fp32 ``[N, C, H, W]``, or the seeds of random ones.
         label: says which text they are from.
         unseen: ids of a text of another kind than all that was calibrated on; None where nothing was, or this kind was, too.
+        given: all arguments of the models, ``[N, ...]`` each, where they read more than ``ids``: these are what a decoder reads, or
+            count the rows.
     """
 
     ids: torch.Tensor
     label: str
     unseen: torch.Tensor | None = None
+    given: dict[str, torch.Tensor] | None = None
 
 
 def token_windows(
@@ -69,10 +75,10 @@ def token_windows(
     """
     family = getattr(job, "family", None)
     reads = "text" if family is None else family.reads
-    if reads == "images":
-        return _images(job, checkpoint, text, tokens, job.calibrated if calibrated is None else calibrated)
-    if reads in SEEDED:
-        return MeasuredText(torch.arange(max(1, min(tokens, _SEEDS)))[:, None], f"random {reads}")
+    if calibrated is None:
+        calibrated = bool(job.recipe.calibration.texts) and (job.calibrated or job.undecided)
+    if family is not None and (found := _no_text(family, job, checkpoint, text, tokens, calibrated)) is not None:
+        return found
     window = min(_WINDOW, job.context, tokens)
     if job.recipe.tokenizer == "none":
         rng = torch.Generator().manual_seed(job.recipe.seed)
@@ -82,8 +88,6 @@ def token_windows(
     frame = frame_of(tokenizer) if family is not None and family.encoder and reads == "text" else Frame()
     window = max(1, window - frame.tokens)
     wanted = job.recipe.calibration
-    if calibrated is None:
-        calibrated = bool(wanted.texts) and (job.calibrated or job.undecided)
     parts = _calibration_parts(wanted) if calibrated else {}
     own = [one for name, one in parts.items() if name not in DEMO_TEXTS]
     if text:
@@ -116,6 +120,58 @@ def token_windows(
     label += _BESIDE.get(reads, "")
     unseen = _unseen(tokenizer, parts, tokens, max(1, min(_WINDOW, job.context) - frame.tokens)) if parts else None
     return MeasuredText(ids, label, None if unseen is None else frame.around(unseen))
+
+
+def _no_text(
+    family: Family, job: PlannedJob, checkpoint: Checkpoint, text: str | None, tokens: int, calibrated: bool
+) -> MeasuredText | None:
+    """Return what a model is measured on that reads more or other things than a text; None: it is measured on a text."""
+    if family.pauses and not _plain(job, family.reads) and (text or calibrated):
+        try:
+            return _examples(family, job, checkpoint, text, tokens)
+        except UpcycleError:
+            if text:
+                raise  # else as with texts: a model from elsewhere comes without them, and a conversion reads them later
+    if family.reads == "images":
+        return _images(job, checkpoint, text, tokens, calibrated)
+    if family.reads in SEEDED:
+        return MeasuredText(torch.arange(max(1, min(tokens, _SEEDS)))[:, None], f"random {family.reads}")
+    return None
+
+
+def _plain(job: PlannedJob, reads: str) -> bool:
+    """Return whether a model reads plain texts, alone or, with an encoder and a decoder, one text twice."""
+    return reads == "text" or (reads == "pairs" and job.recipe.calibration.target is None)
+
+
+def _examples(family: Family, job: PlannedJob, checkpoint: Checkpoint, text: str | None, tokens: int) -> MeasuredText:
+    """Return pairs, sounds, or images with texts to measure on: those of a source that is named, or held out of the calibration.
+
+    Pairs, and what is said in sounds, are cut to one length, so that no padding is measured.
+    """
+    path, wanted = checkpoint.source.path, job.recipe.calibration
+    if text:
+        wanted = wanted.model_copy(update={"text": text})
+    found = find_inputs(family.reads, wanted, path, checkpoint.raw_config, job.context)
+    main, texts = found.main.held_out, found.texts.held_out if found.texts else []
+    if text:
+        main, texts = [*main, *found.main.read], [*texts, *(found.texts.read if found.texts else [])]
+    reader = found.reader
+    count = max(_LEAST_EXAMPLES, min(_IMAGES, tokens // max(map(reader.tokens, main))))
+    chosen, said = alike(reader, main, count), alike(reader, texts, count) if texts else []
+    if texts:  # both towers' embeddings are compared side by side
+        both = min(len(chosen), len(said))
+        chosen, said = chosen[:both], said[:both]
+    batch = reader.batch(chosen, said)
+    given = dict(batch.arguments)
+    for part, name in (("encoder", "input_ids"), ("decoder", "decoder_input_ids")):
+        if part in batch.kept:
+            given[name] = given[name][:, : int(batch.kept[part].sum(1).min())]
+    if "decoder_input_ids" in given:
+        given.pop("attention_mask", None)
+    label = f"{text}: {family.reads}" if text else f"what was held out of the calibration {family.reads}"
+    ids = given.get("decoder_input_ids", torch.arange(len(chosen))[:, None])
+    return MeasuredText(ids, label, None, given)
 
 
 def _images(job: PlannedJob, checkpoint: Checkpoint, text: str | None, tokens: int, calibrated: bool) -> MeasuredText:

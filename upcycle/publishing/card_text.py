@@ -18,6 +18,7 @@ from upcycle.verification.verdict import STATES, said, span, unseen_ratio
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+_EXAMPLES = ("images", "sounds", "pairs")  # what a calibration counts, where that is no text
 _VERDICTS = {
     "exact": "**Exact.** It computes the same function as the dense model, up to rounding in fp32.",
     "approximate": "**Approximate.** It is not the same function as the dense model; the numbers below say by how much it differs.",
@@ -136,7 +137,8 @@ def _method(facts: Facts) -> str:
     if seen := record.get("calibration"):
         own = own_text_in(seen)
         texts = ", ".join(plain(own) if text == SELF_WRITTEN else code(public_name(text)) for text in seen["text"])
-        amount = f"{seen['images']:,} images" if "images" in seen else f"{seen['tokens']:,} tokens"
+        what = next((what for what in _EXAMPLES if what in seen), "tokens")
+        amount = f"{seen[what]:,} {what}"
         rows.append(("calibrated on", f"{texts} ({amount})"))
     if facts.datasets:
         rows.append(("datasets", ", ".join(map(code, facts.datasets))))
@@ -295,8 +297,9 @@ def _recipe(facts: Facts) -> str:
 
 
 def _unit(measured: Mapping[str, Any]) -> str:
-    """Return what a verification counts: tokens, or images."""
-    return "images" if "images" in measured["text"] and measured.get("compared") == STATES else "tokens"
+    """Return what a verification counts: tokens, images or sounds."""
+    states = measured.get("compared") == STATES
+    return next((what for what in ("images", "sounds") if states and what in measured["text"]), "tokens")
 
 
 def _limits(facts: Facts) -> Iterator[str]:
@@ -318,7 +321,7 @@ def _limits(facts: Facts) -> Iterator[str]:
     ratio = plan["flops_per_token"] / plan["flops_per_token_dense"]
     yield f"A token costs {ratio:.2f} times the FLOPs that it costs in {source}, and all parameters must be in memory."
     if record.get("calibration") and not trained:
-        what = "images" if "images" in record["calibration"] else "text"
+        what = next((what for what in _EXAMPLES if what in record["calibration"]), "text")
         yield f"It was fitted to the kinds of {what} that it was calibrated on, and is worse on others than is said here."
     if measured and encoder:
         yield (

@@ -90,8 +90,8 @@ class CalibrationRecipe(StrictSettings):
     text: str | list[str] | None = Field(
         None,
         description="calibration text: UTF-8 text, rows (.jsonl, .json, .csv, .parquet), hub datasets, demo, or self (the model "
-        "writes it); several are mixed evenly, self and all others half and half; for encoders of images, folders of .png and "
-        ".jpg files or hub datasets",
+        "writes it); several are mixed evenly, self and all others half and half; for models that read images or sounds, folders of "
+        "them or hub datasets; for images and text, both",
     )
     tokens: int = Field(65536, ge=16, description="calibration tokens")
     window: int = Field(512, ge=8, description="tokens per calibration window")
@@ -100,7 +100,13 @@ class CalibrationRecipe(StrictSettings):
         description="inputs from the dense model (parallel), or from the converted layers below (sequential; auto: for sparse splits)",
     )
     column: str = Field(
-        "text", description="column of a dataset or file of rows that holds the text (for encoders of images: image)"
+        "text",
+        description="column of a dataset or file of rows that holds the text (or image, or audio: these by default)",
+    )
+    target: str | None = Field(
+        None,
+        description="column of a dataset or file of rows with what the decoder of a model of two texts writes (default: it reads the "
+        "encoder's text), or what is said in a sound or shown in an image (default for datasets: text)",
     )
 
     @field_validator("text", mode="before")

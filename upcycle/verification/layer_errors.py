@@ -73,8 +73,8 @@ class LayerErrors:
         """
         family, inputs = self._job.family, list[torch.Tensor]()
         paths = family.module_paths
-        own = paths.first_in(index)
-        first, last = layer.get_submodule(own), layer.get_submodule(paths.ends_in(index) or own)
+        place = paths.place(index)
+        first, last = layer.get_submodule(place.first), layer.get_submodule(place.ends or place.first)
         yield first.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
         # A layer may add to the output in place.
         yield last.register_forward_hook(lambda _, args, output: self._compare(index, inputs.pop(), output.clone()))
@@ -124,7 +124,7 @@ class LayerErrors:
     def _added(self, index: int, blocks: list[Module], x: torch.Tensor) -> torch.Tensor:
         """Return what the result's layer computes of an FFN's input."""
         family = self._job.family
-        if family.module_paths.ends_in(index) is None:
+        if family.module_paths.place(index).ends is None:
             return torch.stack([output_of(block, x) for block in blocks]).sum(0)
         # In a layer that was left dense, the modules are a projection, an activation, a projection.
         base = self._moe.model.base_model

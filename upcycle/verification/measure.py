@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -113,12 +113,13 @@ class ModelDifference:
         }
 
 
-def batch_size(vocab_size: int, ids: torch.Tensor, streamed: bool) -> int:
+def batch_size(vocab_size: int, ids: torch.Tensor, streamed: bool, media: bool = False) -> int:
     """Return the windows per batch. A streamed model reads every weight once per batch, so that larger ones are worth memory.
 
-    Of images, ``[N, C, H, W]``, it is a few, as attention's scores are the largest of what a batch needs.
+    Of images, ``[N, C, H, W]``, or (``media``) of texts with images or sounds, it is a few, as attention's scores are the largest of
+    what a batch needs.
     """
-    if ids.dim() > 2:
+    if ids.dim() > 2 or media:
         return _IMAGES * (8 if streamed else 1)
     return max(1, _LOGIT_BYTES * (8 if streamed else 1) // (4 * ids.shape[1] * vocab_size))
 
@@ -131,6 +132,7 @@ def measure_difference(
     parameters: int,
     progress: Progress,
     watched: Callable[[StockModel], AbstractContextManager[None]] | None = None,
+    given: Mapping[str, torch.Tensor] | None = None,
 ) -> ModelDifference:
     """Measure how far a result's logits are from its source's.
 
@@ -144,18 +146,24 @@ def measure_difference(
         parameters: those of both models, from which the cost of the long text is estimated.
         progress: where to report.
         watched: returns a context inside which the source runs, for what hooks measure there.
+        given: the models' arguments ``[N, ...]``, where they are more than ``ids`` tell.
     """
     totals, batches = Totals(sides.plain.gives_states), ids.split(batch)
     against, rounding = _Error(), _Error()
     reach = reach_of(sides.plain.model.config, result.model.config)
-    long = ids.shape[1] <= reach.border and (reach.work(parameters) <= MOST_WORK or ids.numel() >= reach.length)
+    long = (
+        given is None
+        and ids.shape[1] <= reach.border
+        and (reach.work(parameters) <= MOST_WORK or ids.numel() >= reach.length)
+    )
     with progress.phase("verifying", 2 * len(batches) + 2 * long):
-        for some in batches:
+        for number, some in enumerate(batches):
+            own = {name: value[number * batch : (number + 1) * batch] for name, value in (given or {}).items()} or None
             with watched(sides.judge) if watched else nullcontext():
-                expected = sides.judge.logits(some)
+                expected = sides.judge.logits(some, given=own)
             progress.advance()
-            found = result.logits(some)
-            stored = sides.plain.logits(some) if sides.rounded else expected
+            found = result.logits(some, given=own)
+            stored = sides.plain.logits(some, given=own) if sides.rounded else expected
             totals.add(some, stored, found)
             against.add(found, expected)
             rounding.add(expected, stored)

@@ -13,13 +13,17 @@ from upcycle.architectures.clean_settings import PROCESSORS
 from upcycle.architectures.stock import load_processor
 from upcycle.architectures.towers.samples import SampleInputs
 from upcycle.errors import UpcycleError
+from upcycle.inputs.read import find_inputs
 from upcycle.verification.verdict import relative
 
 if TYPE_CHECKING:
     from upcycle.architectures.towers.wrapper import Wrapper
+    from upcycle.checkpoints.checkpoint import DenseCheckpoint
     from upcycle.models.stock_model import StockModel
+    from upcycle.planning.expert_job import ExpertJob
 
 _BEFORE, _BEHIND = 16, 32  # tokens of text around the image or sound
+_HELD_OUT = 8  # texts with images, at most
 _SIDE = 96  # pixels of the image that a processor is given
 _SECONDS = 2  # of the sound
 _TOKEN_KEY = re.compile(r"(^|_)token_(id|index|ids)$")
@@ -73,6 +77,31 @@ def compare_media(judge: StockModel, result: StockModel, wrapper: Wrapper, folde
             what += f" ({'; '.join(faults)})"
         return MediaCheck(relative((found - expected).double().square().sum().item(), norm), what)
     return MediaCheck(None, f"{wrapper.kind}s were not compared: {'; '.join(faults)}")
+
+
+def compare_held_out(judge: StockModel, result: StockModel, inputs: list[SampleInputs]) -> MediaCheck:
+    """Run both models on texts with images that were held out of a calibration, and measure how far their logits are apart."""
+    error = norm = 0.0
+    for given in inputs:
+        expected = judge.logits_of(given)
+        error += (result.logits_of(given) - expected).double().square().sum().item()
+        norm += expected.double().square().sum().item()
+    return MediaCheck(relative(error, norm), f"{len(inputs):,} texts with images that were held out of the calibration")
+
+
+def held_out_inputs(job: ExpertJob, checkpoint: DenseCheckpoint) -> list[SampleInputs]:
+    """Return texts with images that a conversion was not calibrated on; none where it was not calibrated on images in texts.
+
+    A model from elsewhere comes without its images: then there are none, either.
+    """
+    family, wanted = job.family, job.recipe.calibration
+    if not (family.calibrates_on and wanted.texts and job.calibrated):
+        return []
+    try:
+        found = find_inputs(family.calibrates_on, wanted, checkpoint.source.path, checkpoint.raw_config, job.context)
+        return [found.reader.batch([one]).arguments for one in found.main.held_out[:_HELD_OUT]]
+    except UpcycleError:
+        return []
 
 
 def with_article(kind: str) -> str:

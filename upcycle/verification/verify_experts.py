@@ -18,7 +18,7 @@ from upcycle.planning.expert_job import ExpertJob
 from upcycle.planning.job import PlannedJob
 from upcycle.verification.layer_errors import LayerErrors
 from upcycle.verification.measure import ModelDifference, batch_size, load_sides, measure_difference, measure_losses
-from upcycle.verification.media import MediaCheck, compare_media, with_article
+from upcycle.verification.media import MediaCheck, compare_held_out, compare_media, held_out_inputs, with_article
 from upcycle.verification.neurons_run import NeuronsRun
 from upcycle.verification.verdict import EXACT_TOLERANCE, STATES, Verification, said
 
@@ -63,17 +63,17 @@ def verify_experts(
     elements = sum(entry.spec.elements for unit in job.units for entry in unit.entries)
     elements += sum(spec.elements for spec in checkpoint.store.specs.values())
     streamed = 4 * elements > 0.6 * available_memory()
-    ids, label, unseen = windows
+    ids, label, unseen, given = windows
     with progress.phase("loading both models", 2):
         sides = load_sides(checkpoint, job.recipe.dtype, streamed)
         progress.advance()
         moe = folder_model(folder, streamed)
         progress.advance()
     layers = LayerErrors(job, moe, checkpoint)
-    batch = batch_size(job.vocab_size, ids, streamed)
+    batch = batch_size(job.vocab_size, ids, streamed, media=given is not None)
     running = NeuronsRun(moe.model, job.dense.intermediate_size)
     with running.counted():
-        measured = measure_difference(sides, moe, ids, batch, elements, progress, layers.measured_on)
+        measured = measure_difference(sides, moe, ids, batch, elements, progress, layers.measured_on, given)
     if isinstance(job.family, CompositeFamily | PartsFamily):
         # Of the text model's layers, what texts give is enough; no text runs through other parts.
         watched = layers.measured_on(sides.judge) if isinstance(job.family, PartsFamily) else nullcontext()
@@ -99,7 +99,10 @@ def _media(
     watched: AbstractContextManager[None],
 ) -> MediaCheck:
     with progress.phase(f"comparing on a text with {with_article(wrapper.kind)}", 1), watched:
-        found = compare_media(judge, moe, wrapper, checkpoint.source.path, job.recipe.seed)
+        if held := held_out_inputs(job, checkpoint):
+            found = compare_held_out(judge, moe, held)
+        else:
+            found = compare_media(judge, moe, wrapper, checkpoint.source.path, job.recipe.seed)
         progress.advance()
     if found.error is None:
         progress.note(found.what)

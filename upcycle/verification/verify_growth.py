@@ -48,7 +48,7 @@ def verify_growth(
     elements = sum(entry.spec.elements for unit in job.units for entry in unit.entries)
     elements += sum(spec.elements for spec in checkpoint.store.specs.values())
     streamed = 4 * elements > 0.6 * available_memory()
-    ids, label, _ = windows
+    ids, label, *_ = windows
     with progress.phase("loading both models", 2):
         sides = load_sides(checkpoint, job.recipe.dtype, streamed)
         progress.advance()

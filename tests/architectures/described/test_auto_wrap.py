@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
+from encoder_cases import character_tokenizer
 from torch import nn
 from undescribed_models import REFUSED, WRAPPED, undescribed
 from wrapped_models import SMALL, relative_error, small_model
@@ -248,6 +249,19 @@ def test_a_place_that_is_none_is_found_before_anything_is_put_in_place(
         assert not (tmp_path / f"out{number}").exists()
 
 
+@pytest.mark.one_in(11)
+@pytest.mark.parametrize("name", [name for name in WRAPPED if name not in ("data2vec-vision", "beit", "yolos")])
+def test_splits_of_models_without_a_description_are_calibrated(name: str, tmp_path: Path) -> None:
+    undescribed(name, tmp_path / "dense")
+    character_tokenizer(tmp_path / "dense")
+    keys = {**SPARSE, "tokenizer": "copy", "calibration": {"text": "prose", "tokens": 2048, "window": 32}}
+    result = upcycle.convert(str(tmp_path / "dense"), tmp_path / "out", **keys)
+    assert len(result.layers) == len(result.verification.layer_errors)
+    for report in result.layers:
+        assert report["error_after"] < 0.95 * report["error_before"]
+        assert report["captured"] > report["random"]
+
+
 def test_what_it_needs_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     undescribed("mpt", tmp_path / "dense")
     source = str(tmp_path / "dense")
@@ -256,8 +270,6 @@ def test_what_it_needs_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert "--family auto-wrap" in str(refused.value.hint)
     with pytest.raises(UsageError, match="only the verification tells"):
         upcycle.convert(source, tmp_path / "out", **{**COPIES, "verification": {"enabled": False}})
-    with pytest.raises(RefusalError, match="cannot be calibrated: only its FFNs were found"):
-        upcycle.convert(source, tmp_path / "out", **SPARSE, calibration={"text": "prose", "tokens": 2048})
     monkeypatch.setattr(
         open_sources, "found_family", lambda raw, where, inputs, _: found_family(raw, where, inputs, 1000)
     )

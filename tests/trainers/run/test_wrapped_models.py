@@ -217,8 +217,3 @@ def test_what_experts_do_not_give_one_by_one_is_refused(converted: Callable[...,
     stage = {"distillation": {"parent": "auto", "output_norms": 1.0}}
     with pytest.raises(UsageError, match="asks every expert for its output"):
         run(recipe_for(converted("gpt2"), tmp_path, stage=stage))
-
-
-def test_encoders_are_refused_with_the_reason(converted: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="is an encoder, and upcycle trains by the loss of the next token"):
-        run(recipe_for(converted("bert"), tmp_path, stage={"losses": {}}))

@@ -65,9 +65,11 @@ class Family(ABC):
     rotates_pairs: ClassVar[bool] = False  # rotary embedding turns rows 2i and 2i + 1, not i and i + head/2
     module_paths: ModulePaths = ModulePaths()
     uncalibrated: str | None = None  # why calibration does not work here
+    pauses: bool = False  # see upcycle.architectures.described.ffn_place.DescribedModel
     remark: str = ""  # what the user should know about every conversion of this family
     unread: ClassVar[tuple[str, ...]] = ("rotary_emb.inv_freq",)  # ends of names of buffers that old files hold
     reads: str = "text"  # see upcycle.architectures.described.ffn_place.Reads
+    calibrates_on: str = ""  # what calibration reads, where that is more than ``reads``: images in texts
     parts: tuple[str, ...] = ()  # of a model whose towers can be converted one by one
     encoder: bool = False  # it attends in both directions, and predicts no next token
     # Whether the first layer reads token embeddings times a factor, and nothing else.

@@ -8,7 +8,7 @@ from upcycle.architectures.described.ffn_place import DescribedModel, FfnPlace
 
 _PARTS: dict[str, Any] = {
     "parts": (("encoder", "encoder."), ("decoder", "decoder.")),
-    "uncalibrated": "models of an encoder and a decoder are not calibrated: their layers are not run one by one here",
+    "pauses": True,
 }
 
 
@@ -36,8 +36,10 @@ _BEHIND = "encoder_attn_layer_norm|self_attn_layer_norm"  # norms behind attenti
 
 
 def _bart(norm: str) -> tuple[FfnPlace, ...]:
+    """Of both; where the FFN reads what is behind attention, the norm of its own name comes behind it."""
+    closing = "final_layer_norm" if norm == _BEHIND else None
     return tuple(
-        FfnPlace(tower, "fc1", "fc2", act="activation_fn", norm=norm, activation="activation_function")
+        FfnPlace(tower, "fc1", "fc2", act="activation_fn", norm=norm, activation="activation_function", closing=closing)
         for tower in ("encoder.layers.{}", "decoder.layers.{}")
     )
 

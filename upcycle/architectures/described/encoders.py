@@ -7,8 +7,7 @@ from typing import Any
 from upcycle.architectures.described.ffn_place import DescribedModel, FfnPlace
 from upcycle.architectures.module_paths import ModulePaths
 
-ENCODER = "the layers of encoders of this kind are not run one by one here"
-_SHARED = "several of its layers share one FFN, and the fits here need the inputs of one layer"
+SHARED_FFNS = "several of its layers share one FFN, and the fits here need the inputs of one layer"
 
 
 def _encoder(
@@ -39,8 +38,8 @@ ROBERTA = DescribedModel("roberta", "RoBERTa", (_BERT,), **_bert("roberta", True
 XLM_ROBERTA = DescribedModel("xlm-roberta", "XLM-RoBERTa", (_BERT,), **_bert("roberta", True))
 ELECTRA = DescribedModel("electra", "ELECTRA", (_BERT,), **_bert("electra"))
 MPNET = DescribedModel("mpnet", "MPNet", (_BERT,), **_bert("mpnet", True), returns_tuple=True)
-DEBERTA = DescribedModel("deberta", "DeBERTa", (_BERT,), **_bert("deberta"), uncalibrated=ENCODER)
-DEBERTA_V2 = DescribedModel("deberta-v2", "DeBERTa v2 and v3", (_BERT,), **_bert("deberta"), uncalibrated=ENCODER)
+DEBERTA = DescribedModel("deberta", "DeBERTa", (_BERT,), **_bert("deberta"), pauses=True)
+DEBERTA_V2 = DescribedModel("deberta-v2", "DeBERTa v2 and v3", (_BERT,), **_bert("deberta"), pauses=True)
 DISTILBERT = DescribedModel(
     "distilbert",
     "DistilBERT",
@@ -56,7 +55,7 @@ ALBERT = DescribedModel(
     "ALBERT",
     (FfnPlace("encoder.albert_layer_groups.{}.albert_layers.{}", "ffn", "ffn_output", act="activation"),),
     **_encoder("albert", "encoder.albert_layer_groups", "albert_layers.0.ffn", "albert_layers.0.ffn_output"),
-    uncalibrated=_SHARED,
+    uncalibrated=SHARED_FFNS,
     refused={"inner_group_num": ((1,), "its groups have several layers")},
 )
 MODERNBERT = DescribedModel(

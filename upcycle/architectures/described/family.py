@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from upcycle.architectures.dense.base import DenseConfig, Family
 from upcycle.architectures.dense_config import FfnSize
-from upcycle.architectures.described.encoders import ENCODER
 from upcycle.architectures.described.ffn_place import DescribedModel
-from upcycle.architectures.module_paths import compare_tensors, described_paths, text_config
+from upcycle.architectures.module_paths import (
+    ListedPaths,
+    ModulePaths,
+    compare_tensors,
+    described_paths,
+    text_config,
+)
 from upcycle.architectures.refused import REASONS
 from upcycle.architectures.stock_auto import is_encoder
 from upcycle.architectures.tensor_origin import Origin
@@ -51,7 +56,7 @@ class DescribedFamily(Family):
     def __init__(self, described: DescribedModel) -> None:
         self.described, self.module_paths = described, described.module_paths
         self.name, self.title, self.uncalibrated = described.name, described.title, described.uncalibrated
-        self.returns_tuple, self.reads = described.returns_tuple, described.reads
+        self.returns_tuple, self.reads, self.pauses = described.returns_tuple, described.reads, described.pauses
         self.parts = tuple(part for part, _ in described.parts)
         self.unheld = REASONS.get(described.name, "")
         self.encoder = described.encoder
@@ -69,9 +74,9 @@ class DescribedFamily(Family):
         settings = build_config(raw, where)
         self._model = empty_model(settings, where)
         self._ffns = find_ffns(self._model, self.described)
-        self.module_paths = described_paths(self.described, settings).found_in(self._model)
+        self.module_paths = self._with_closing(described_paths(self.described, settings).found_in(self._model))
         if self.described.both_ways and is_encoder(settings):
-            self.uncalibrated = ENCODER
+            self.pauses = self.encoder = True
         tied = set(self._model.all_tied_weights_keys)
         self._shapes = {n: tuple(t.shape) for n, t in self._model.state_dict().items() if n not in tied}
         for ffn in self._ffns:
@@ -115,6 +120,13 @@ class DescribedFamily(Family):
             ffns=() if len(set(sizes)) == 1 else tuple(sizes),
             **{name: getattr(text, key) for name, key in self.described.multipliers.items()},
         )
+
+    def _with_closing(self, paths: ModulePaths) -> ModulePaths:
+        """Return the paths with the norms at the ends of layers: of two descriptions of a layer, its settings say which counts."""
+        if not isinstance(paths, ListedPaths):
+            return paths
+        closing = {f"{self._prefix}{ffn.layer}": ffn.place.closing for ffn in self._ffns}
+        return replace(paths, places=tuple(replace(one, closing=closing.get(one.layer)) for one in paths.places))
 
     def written(self, config: DenseConfig, name: str) -> str:
         """Return the name that a tensor has in the stock class."""

@@ -36,6 +36,8 @@ class FfnPlace:
         learned: the activation, where it has weights of its own.
         unless: a module that a layer of this description does not have, where another description says what it has with it.
         dropout: the configuration's key of a dropout at the end of ``whole``, which goes with it, or its probability after ``=``.
+        closing: the norm behind the sum of the stream and the FFN's output; None: that sum is the layer's output. Where ``paths``
+            are given, these say it.
     """
 
     layer: str
@@ -54,6 +56,7 @@ class FfnPlace:
     learned: str | None = None
     when: tuple[str, object] | None = None
     unless: str | None = None
+    closing: str | None = None
 
     @property
     def replaced(self) -> tuple[str, ...]:
@@ -83,6 +86,8 @@ class DescribedModel:
             configuration's key.
         added: where FFNs read the stream itself, the norms of all that a layer adds to it, the attention's first.
         uncalibrated: why layers cannot be calibrated one by one.
+        pauses: whether its layers are no single row that is run from one end to the other: they are calibrated in passes of the
+            whole model that pause at each (:mod:`upcycle.models.paused_passes`).
         encoder: whether it attends in both directions, and has no logits of a next token.
         reads: what a model reads: ``pairs`` of texts, ``speech`` with a text.
         parts: its towers, and how the paths of their layers begin; empty: it has one.
@@ -97,6 +102,7 @@ class DescribedModel:
     paths: ModulePaths | None = None
     refused: dict[str, tuple[tuple[object, ...], str]] = field(default_factory=dict)
     uncalibrated: str | None = None
+    pauses: bool = False
     returns_tuple: bool = False
     encoder: bool = False
     reads: Reads = "text"
@@ -111,5 +117,7 @@ class DescribedModel:
         """Where its parts are."""
         if self.paths is not None:
             return self.paths
-        places = ((f.layer, f.replaced[0], f.replaced[-1] if len(f.replaced) > 1 else None) for f in self.ffns)
+        places = (
+            (f.layer, f.replaced[0], f.replaced[-1] if len(f.replaced) > 1 else None, f.closing) for f in self.ffns
+        )
         return ListedPaths(places=tuple(LayerPlace(*place) for place in places))

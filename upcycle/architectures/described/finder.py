@@ -12,6 +12,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
+from upcycle.architectures.described.encoders import SHARED_FFNS
 from upcycle.architectures.described.ffn_place import DescribedModel, FfnPlace
 from upcycle.architectures.described.recorded_calls import Call, differ
 from upcycle.errors import RefusalError
@@ -79,7 +80,8 @@ def describe(facts: DescribedModel, calls: dict[str, Call], preferred: list[str]
             hint=_NO_HINT,
         )
     places = tuple(dict.fromkeys(one.place for one in found))
-    described = replace(facts, ffns=places, uncalibrated="only its FFNs were found, and not how its layers are run")
+    shared = SHARED_FFNS if any(one.times > 1 for one in found) else None
+    described = replace(facts, ffns=places, pauses=True, uncalibrated=shared)
     untouched = sorted(set(search.near) - set(by_layer))
     rest = f"; nothing was found in {len(untouched)} layers: {search.near[untouched[0]]}" if untouched else ""
     return FoundFfns(described, len(found), _said(found, described) + rest)

@@ -45,5 +45,5 @@ GEMMA4_TEXT = DescribedModel(
     (replace(_READS_STREAM, norm="pre_feedforward_layernorm", activation="hidden_activation"),),
     _PATHS,
     refused={"enable_moe_block": ((False, None), "it is a Mixture-of-Experts already")},
-    uncalibrated="its layers read embeddings of their own, and keys and values of others, or multiply what they put out",
+    pauses=True,  # its layers read embeddings of their own, and keys and values of others, or multiply what they put out
 )

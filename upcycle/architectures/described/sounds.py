@@ -17,11 +17,11 @@ def _sounds(name: str, title: str) -> DescribedModel:
             norm=norm,
             dropout="hidden_dropout",
             when=("do_stable_layer_norm", stable),
+            closing=None if stable else "final_layer_norm",
         )
         for stable, norm in ((False, "layer_norm"), (True, "final_layer_norm"))
     )
-    why = "encoders of sounds are not calibrated: there is no text for them"
-    return DescribedModel(name, title, places, encoder=True, reads="sounds", uncalibrated=why)
+    return DescribedModel(name, title, places, encoder=True, reads="sounds", pauses=True)
 
 
 WAV2VEC2 = _sounds("wav2vec2", "wav2vec 2.0")

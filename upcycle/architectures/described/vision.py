@@ -7,11 +7,7 @@ from typing import Any
 from upcycle.architectures.described.ffn_place import DescribedModel, FfnPlace
 from upcycle.architectures.module_paths import ModulePaths
 
-_SCALED = "it scales what its FFN adds to the stream, by factors that can be zero"
 _FC: dict[str, Any] = {"up": "mlp.fc1", "down": "mlp.fc2", "whole": "mlp"}
-
-
-_WHY = "encoders of images are not calibrated: there is no text for them"
 
 
 def _images(body: str, layers: str) -> dict[str, Any]:
@@ -27,7 +23,7 @@ def _images(body: str, layers: str) -> dict[str, Any]:
 
 def _stages(name: str, title: str, place: FfnPlace) -> DescribedModel:
     """Return an encoder in stages, whose layers grow wider."""
-    return DescribedModel(name, title, (place,), encoder=True, reads="images", uncalibrated=_WHY)
+    return DescribedModel(name, title, (place,), encoder=True, reads="images", pauses=True)
 
 
 def _two_towers(name: str, title: str) -> DescribedModel:
@@ -42,7 +38,7 @@ def _two_towers(name: str, title: str) -> DescribedModel:
         encoder=True,
         reads="images and text",
         parts=(("text", "text_model."), ("vision", "vision_model.")),
-        uncalibrated="models of two towers are not calibrated: their layers are not run one by one here",
+        pauses=True,
     )
 
 
@@ -55,7 +51,7 @@ DINOV2 = DescribedModel(
     "DINOv2",
     (FfnPlace("encoder.layer.{}", **_FC, norm="norm2"),),
     **_images("dinov2", "encoder.layer"),
-    uncalibrated=_SCALED,
+    pauses=True,
 )
 _PROJECTIONS: dict[str, Any] = {"up": "mlp.up_proj", "down": "mlp.down_proj", "whole": "mlp", "norm": "norm2"}
 DINOV3 = DescribedModel(
@@ -67,7 +63,7 @@ DINOV3 = DescribedModel(
     ),
     encoder=True,
     reads="images",
-    uncalibrated=_WHY,
+    pauses=True,
 )
 SWIN = _stages("swin", "Swin", FfnPlace("encoder.layers.{}.blocks.{}", **_FC, norm="layernorm_after"))
 CONVNEXT = _stages(

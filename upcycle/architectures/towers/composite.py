@@ -59,7 +59,7 @@ class CompositeFamily(Family):
         self.targets, self.elsewhere, self.aliases = inner.targets, inner.elsewhere, inner.aliases
         self.module_paths = inner.module_paths.inside(wrapper.body)
         self.unheld = inner.unheld
-        self.uncalibrated, self.remark = inner.uncalibrated, wrapper.remark
+        self.uncalibrated, self.pauses, self.remark = inner.uncalibrated, inner.pauses, wrapper.remark
         self.embeds_tokens_alone, self.returns_tuple = inner.embeds_tokens_alone, inner.returns_tuple
 
     def _outer(self, name: str) -> str:

@@ -16,8 +16,9 @@ from upcycle.architectures.towers.part_places import PartPlaces, connector_place
 from upcycle.errors import RefusalError
 
 LANGUAGE = "language"
+IMAGES_IN_TEXT = "images in text"
 _UNHELD = "no stock class has experts in an encoder of images, or between two parts"
-_NOT_CALIBRATED = "calibration reads text, and no text runs through the encoder of images and the connector"
+_NOT_CALIBRATED = "calibration gives it images in texts, and it reads sounds"
 
 
 class PartsFamily(DescribedFamily):
@@ -37,7 +38,8 @@ class PartsFamily(DescribedFamily):
         super().__init__(DescribedModel(self.wrapper.name, self.wrapper.title, ()))
         self.module_paths = composite.module_paths
         self.title, self.remark, self.unheld = composite.title, composite.remark, _UNHELD
-        self.uncalibrated = _NOT_CALIBRATED
+        self.pauses, self.calibrates_on = True, IMAGES_IN_TEXT
+        self.uncalibrated = None if self.wrapper.kind == "image" else _NOT_CALIBRATED
         self.missing: dict[str, str] = {}
         self._places: dict[str, tuple[FfnPlace, ...]] = {}
         self._spelling: dict[str, str] = {}
@@ -56,7 +58,7 @@ class PartsFamily(DescribedFamily):
         self.missing = {part: one.why for part, one in found.items() if not one.places}
         self.parts = tuple(self._places)
         places = tuple(place for some in self._places.values() for place in some)
-        self.described = DescribedModel(self.name, self.title, places, uncalibrated=_NOT_CALIBRATED)
+        self.described = DescribedModel(self.name, self.title, places)
         if not places:
             raise RefusalError(f"{where}: no part of a {self.name} model has FFNs that are known: {self.missing}")
         dense = super().config(raw, where)

@@ -53,8 +53,9 @@ JSON_KEYS = {
     "push": "repo url revision commit pull_request collection private files skipped bytes_total bytes_to_send mark "
     "dry_run searched",
     "push files": "name size status",
-    "evaluate": "model reference window stride texts layers tasks speed embeddings classes",
+    "evaluate": "model reference window stride texts layers tasks speed embeddings classes retrieval",
     "evaluate embeddings": "what items cosine nearest recall",
+    "evaluate retrieval": "pairs nearest image_to_text text_to_image reference_image_to_text reference_text_to_image",
     "evaluate classes": "images classes accuracy reference_accuracy agreement",
     "generate": "model prompt text layer experts stopped kernels tokens offload",
     "generate offload": "memory_bytes resident_bytes expert_bytes kept_per_layer ahead prompt written wrong_guesses bytes_read "

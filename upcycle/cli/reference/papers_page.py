@@ -13,6 +13,7 @@ from upcycle.cli.shared.plugin_tables import markdown_table, plugins
 _CITED = re.compile(r"(?:arxiv\.org/abs/|arXiv:? ?)(\d{4}\.\d{5})")
 _FOLDERS = ("upcycle", "splitters", "trainers", "kernels", "configs")
 TITLES = {
+    "1810.04805": "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding",
     "1910.14659": "Masked Language Model Scoring",
     "2201.10890": "One Student Knows All Experts Know: From Sparse to Dense",
     "2406.02500": "Demystifying the Compression of Mixture-of-Experts Through a Unified Framework",

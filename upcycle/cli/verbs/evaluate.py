@@ -46,8 +46,12 @@ from upcycle.files.user_paths import user_path
 @click.option(
     "--images",
     metavar="FOLDER",
-    help="for encoders of images: .png and .jpg files; of a classifier, in a subfolder per class",
+    help="for encoders of images: .png and .jpg files; of a classifier, in a subfolder per class; of CLIP, a caption beside each",
 )
+@click.option(
+    "--column", default="text", show_default=True, help="of a model of two texts: the encoder's column of --text"
+)
+@click.option("--target", help="of a model of two texts: the decoder's column")
 @click.option("--speed", is_flag=True, help="time prefill and decoding, and measure memory, instead of perplexity")
 @quiet_option
 @common_options
@@ -64,6 +68,8 @@ def command(
     limit: int | None,
     batch: int,
     images: str | None,
+    column: str,
+    target: str | None,
     speed: bool,
     quiet: bool,
     as_json: bool,
@@ -80,10 +86,12 @@ def command(
     upcycle evaluate ./moe --tasks my_task --task-folder ./tasks
     upcycle evaluate ./moe --reference ./llama --speed
     upcycle evaluate ./vit-moe --reference ./vit --images ./photos
+    upcycle evaluate ./t5-moe --reference ./t5 --text pairs.jsonl --column question --target answer
 
     Encoders are measured by what they are for: masked language models by pseudo-perplexity (each token from all others of a window
     of at most 128), image classifiers by accuracy and agreement with --reference, others by the cosine of their embeddings with
-    those of --reference and by how many of the ten nearest neighbours are the same.
+    those of --reference and by how many of the ten nearest neighbours are the same. Of an encoder and a decoder, it is the loss of
+    what the decoder writes; of CLIP, also how often an image finds its caption.
     """
     from upcycle.evaluation.evaluate import evaluate
 
@@ -104,6 +112,8 @@ def command(
         batch=batch,
         speed=speed,
         images=images,
+        column=column,
+        target=target,
         progress=ProgressBars(quiet),
     )
     if as_json:
@@ -111,7 +121,7 @@ def command(
         return
     if result.texts:
         _print_texts(result)
-    if result.embeddings or result.classes:
+    if result.embeddings or result.classes or result.retrieval:
         print_facts(_encoder_facts(result))
     if result.layers:
         _print_load(result.layers)
@@ -138,6 +148,14 @@ def _encoder_facts(result: Any) -> list[tuple[str, str]]:
             ("mean cosine", f"{found.cosine:.4f}"),
             (f"recall@{found.nearest}", f"{found.recall:.1%} of the nearest neighbours are the same"),
         ]
+    if (pairs := result.retrieval) is not None:
+        facts += [
+            (f"{one} to {other}", _shares(pairs.nearest, found, beside))
+            for one, other, found, beside in (
+                ("image", "caption", pairs.image_to_text, pairs.reference_image_to_text),
+                ("caption", "image", pairs.text_to_image, pairs.reference_text_to_image),
+            )
+        ]
     if (classes := result.classes) is not None:
         facts += [
             ("images", f"{classes.images:,} of {classes.classes:,} classes"),
@@ -148,6 +166,14 @@ def _encoder_facts(result: Any) -> list[tuple[str, str]]:
                 ("reference", f"accuracy {classes.reference_accuracy:.2%}, the same class for {classes.agreement:.2%}")
             )
     return facts
+
+
+def _shares(nearest: list[int], found: list[float], reference: list[float] | None) -> str:
+    said = [
+        f"recall@{k} {share:.1%}" + (f" (reference {reference[i]:.1%})" if reference else "")
+        for i, (k, share) in enumerate(zip(nearest, found, strict=True))
+    ]
+    return ", ".join(said)
 
 
 def _print_texts(result: Any) -> None:
@@ -165,6 +191,7 @@ def _print_texts(result: Any) -> None:
         columns += ["reference", "change"]
     pseudo = result.window == result.stride
     title = f"windows of {result.window} tokens, " + ("pseudo-perplexity" if pseudo else f"stride {result.stride}")
+    title = title if result.stride else "what the decoder writes"
     print_table(columns, rows, right=range(1, len(columns)), title=title)
     for text in result.texts:
         if text.remark:

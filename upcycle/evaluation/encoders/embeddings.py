@@ -12,6 +12,7 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from upcycle.errors import CheckpointError, UsageError
 from upcycle.files.formats.parsing import read_json
+from upcycle.models.model_inputs import states_model
 
 if TYPE_CHECKING:
     from upcycle.progress import Progress
@@ -81,7 +82,7 @@ def embed_texts(
             limits = {"padding": True, "truncation": True, "max_length": min(_LONGEST, context)}
             inputs = tokenizer(some, return_tensors="pt", **limits)
             given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-            states = model.base_model(**given).last_hidden_state
+            states = states_model(model)(**given).last_hidden_state
             mask = given["attention_mask"][..., None]
             found.append(states[:, 0] if first else (states * mask).sum(1) / mask.sum(1))
             progress.advance(len(some))

@@ -10,6 +10,7 @@ import torch
 
 from upcycle.errors import UsageError
 from upcycle.images.files import ImageItem, class_of
+from upcycle.models.model_inputs import states_model
 
 if TYPE_CHECKING:
     from upcycle.images.pixels import ImageReader
@@ -74,7 +75,8 @@ def image_vectors(model: Any, items: Sequence[ImageItem], reader: ImageReader, p
     with progress.phase("embedding images", len(items)), torch.no_grad():
         for start in range(0, len(items), _BATCH):
             some = items[start : start + _BATCH]
-            found.append(model.base_model(pixel_values=reader(some)).last_hidden_state.mean(1))
+            states = states_model(model)(pixel_values=reader(some)).last_hidden_state
+            found.append(states.mean((2, 3)) if states.dim() == 4 else states.mean(1))
             progress.advance(len(some))
     return torch.nn.functional.normalize(torch.cat(found).double(), dim=-1)
 

@@ -30,7 +30,8 @@ def exactness_view(data: Mapping[str, Any]) -> dict[str, Any]:
         ]
     elif check.get("cosine") is not None:
         rows.append(("mean cosine with the dense model's states", said(check["cosine"], ".4f")))
-    unit = "images" if "images" in check["text"] else "tokens"
+    unit = next((what for what in ("images", "random sounds", "calibration sounds") if what in check["text"]), "tokens")
+    unit = unit.rpartition(" ")[2]
     rows.append(("measured on", f"{check['tokens']:,} {unit}, {check['text']}"))
     if (other := check.get("unseen")) and "cosine" in other:
         rows.append(

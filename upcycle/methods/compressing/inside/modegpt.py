@@ -187,7 +187,7 @@ def dense_of(source: Described, method: str) -> tuple[Family, DenseConfig]:
     why = family.uncalibrated
     if family.tower_specs(dense) or family.parts:
         why = "it has other parts beside its text model"
-    elif family.encoder or paths.closing or paths.ends:
+    elif family.encoder or family.pauses or paths.closing or paths.ends:
         why = "its layers are not those of a decoder whose FFN is one module"
     if why:
         raise RefusalError(
