@@ -186,8 +186,12 @@ def _number(name: str, otherwise: int) -> int:
 
 
 def _own_places(model: nn.Module) -> list[RouterPlace]:
-    """Where the routers of a model of upcycle's own class are; of a model of parts, those of its text model, as data are text."""
-    blocks = [(name, module) for name, module in model.named_modules() if isinstance(module, MoeBlock)]
+    """Where the routers of a model of upcycle's own class are; of a model of parts, those of its text model, as data are text.
+
+    Those of attention's projections are none of them: they predict norms, and no loss here is about these.
+    """
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, MoeBlock)]
+    blocks = [(name, module) for name, module in found if not module.projection]
     if blocks and (paths := read_by_text(model)) is not None:
         blocks = [(name, module) for name, module in blocks if paths.has(f"{name}.")]
     return [RouterPlace(_number(name, place), block, block.router, ()) for place, (name, block) in enumerate(blocks)]
