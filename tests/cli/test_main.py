@@ -172,6 +172,7 @@ def test_list_shows_every_plugin_with_its_paper() -> None:
     assert "[default: 0.02]" in run("list", "routers").stdout  # brackets are text, not markup
     assert "lfm2_moe" in run("list", "families").stdout
     assert "switch_balance" in run("list", "losses").stdout
+    assert "https://arxiv.org/abs/2310.04361" in run("list", "rules", "--json").stdout
     assert "| `alternating` |" in run("list", "methods", "--markdown").stdout
     assert "say which" in str(run("list", "--markdown").exception)
 

@@ -1,4 +1,4 @@
-"""``upcycle list``: prints the methods, routers, families, targets, losses and recipes to choose from."""
+"""``upcycle list``: prints the methods, routers, routing rules, families, targets, losses and recipes to choose from."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from upcycle.registry import DESCRIBED, OWN_TARGETS
 @click.option("--markdown", "as_markdown", is_flag=True, help="print one of them as a Markdown table")
 @common_options
 def command(kind: str | None, as_markdown: bool, as_json: bool, debug: bool) -> None:
-    """List the methods, routers, families, targets, losses or recipes that there are, or all of these."""
+    """List the methods, routers, routing rules, families, targets, losses or recipes that there are, or all of these."""
     if as_markdown:
         if kind is None:
             raise UsageError("--markdown prints one table: say which", hint="upcycle list methods --markdown")
