@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,6 +14,7 @@ from torch.nn.functional import linear
 
 from upcycle.architectures.projections import applied
 from upcycle.calibration.decide_layer import activations_of, generator
+from upcycle.errors import CheckpointError
 from upcycle.ffn.activations import HELD_OUT_EVERY
 from upcycle.ffn.expert_tensors import ExpertTensors
 from upcycle.ffn.feed_forward import FeedForward
@@ -50,6 +52,9 @@ def imitate_layer(
 
     Returns:
         For the report the ``projections``, with their errors; empty where there are none.
+
+    Raises:
+        CheckpointError: what a projection reads is not finite.
     """
     mine = [one for one in job.projections if one.place.layer == index]
     if not mine:
@@ -113,9 +118,18 @@ def _imitation(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> tuple[FeedForward, float, float]:
-    """Return the MLP in the dtype that is stored, its error on tokens kept from it, and the share of its neurons that are active."""
+    """Return the MLP in the dtype that is stored, its error on tokens kept from it, and the share of its neurons that are active.
+
+    Raises:
+        CheckpointError: what the projection reads is not finite.
+    """
     asked, rng = job.recipe.projections, generator(job.recipe.seed, one.place.layer, f"imitate {one.place.path}")
     learnt, judged = _examples(inputs, batch, asked.tokens)
+    if not all(bool(some.isfinite().all()) for some in (learnt, judged)):
+        raise CheckpointError(
+            f"layer {one.place.layer}: what {one.place.path} reads is not finite on the calibration text",
+            hint="convert in the dtype that the model was trained in",
+        )
     mlp = imitation(learnt, linear(learnt, weight, bias), one.width, asked, rng)
     dtype = getattr(torch, one.entries[0].spec.dtype)
     mlp = Mlp(*(part.to(dtype).float() for part in mlp))
@@ -171,8 +185,12 @@ def imitation(x: torch.Tensor, y: torch.Tensor, width: int, asked: ProjectionsRe
 
     Deviations from the paper's code: inputs and targets are learnt in multiples of their root mean square, and the closed form.
 
-    Raises:
-        RuntimeError: never for finite inputs.
+    Args:
+        x: what the projection reads; finite.
+        y: what it makes of that.
+        width: H.
+        asked: epochs, batch, rate and coefficient.
+        rng: draws the first weights and the order of tokens.
     """
     wide, far = _size(x), _size(y - y.mean(0))
     x, y = x / wide, y / far
@@ -231,8 +249,6 @@ def _split(
     job: ExpertJob, one: ImitatedProjection, ffn: FeedForward, inputs: TokenFile, batch: int
 ) -> dict[str, torch.Tensor]:
     """Return the tensors of the experts that the MLP is split into, by the job's method, with a router of the job's kind."""
-    from dataclasses import replace
-
     seed, layer, path = job.recipe.seed, one.place.layer, one.place.path
     activations = activations_of(ffn, inputs, batch)
     scale = scale_by(job.method, "sum", one.shape)

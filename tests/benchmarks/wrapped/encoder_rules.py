@@ -7,7 +7,7 @@ on other lines until the mean share is that of 5, 10 and 14 experts, and by as m
 The ground truth chooses by what the routers only predict: the norms of the experts' outputs, and the sums of their neurons'
 activations.
 
-Cosine and recall@10 compare embeddings of lines that were not calibrated on with the dense model's; times are of embedding 256 of
+Cosine and recall@10 compare embeddings of lines that were not calibrated on with the dense model's; times are of embedding 128 of
 them.
 
     python -P tests/benchmarks/wrapped/encoder_rules.py --out docs/measured/encoder_rules.md
@@ -49,7 +49,7 @@ from upcycle.text.windows import demo_parts
 from upcycle.verification.neurons_run import NeuronsRun
 
 EXPERTS, ACTIVE = 24, (5, 10, 14)  # of 64 neurons: 21, 42 and 58%
-LINES, TIMED, SOUGHT, STEPS, CONTEXT = 400, 256, 64, 10, 512
+LINES, TIMED, SOUGHT, STEPS, CONTEXT = 400, 128, 64, 8, 512
 _MOEFICATION: dict[str, Any] = {
     "method": "coactivation_graph",
     "router": "moefication",

@@ -110,7 +110,7 @@ def row(name: str, before: Point, after: Point) -> str:
 def main() -> None:
     """Convert, run, train and print the table; with ``--out`` it is written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
