@@ -216,6 +216,7 @@ def test_few_experts_run_where_tau_is_large(
             "experts of upcycle_moe, and mixtral",
         ),
         ({"routing": "top_k", "router": "ridge"}, UsageError, "run by predicted norms"),
+        ({"routing": "threshold", "router": "zero"}, UsageError, "run by predicted norms"),
         ({"method": "sparse_upcycling", "router": "random"}, UsageError, "sparse_upcycling is another kind of method"),
         ({"calibration": {}, "router": "random"}, UsageError, "projections"),
         ({"calibration": {**TEXT, "mode": "sequential"}}, UsageError, "calibration.mode is sequential"),
