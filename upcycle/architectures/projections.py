@@ -13,7 +13,7 @@ _ATTENTION, _LINEAR_ATTENTION = re.compile(r"(^|[._])(\w*attn|\w*attention)(\.|$
 
 
 @dataclass(frozen=True)
-class Projection:
+class AttentionProjection:
     """One matrix of a layer's attention, with its bias: q, k, v or o, or several of them in one.
 
     Attributes:
@@ -29,7 +29,7 @@ class Projection:
     outputs: int
 
 
-def projections_in(layer: nn.Module, number: int, without: tuple[str, ...] = ()) -> list[Projection]:
+def projections_in(layer: nn.Module, number: int, without: tuple[str, ...] = ()) -> list[AttentionProjection]:
     """Return the projections of one layer, in the order of its modules.
 
     Args:
@@ -47,7 +47,7 @@ def projections_in(layer: nn.Module, number: int, without: tuple[str, ...] = ())
         if _ATTENTION.search(path) and _LINEAR_ATTENTION not in path:
             rows, columns = module.weight.shape
             sizes = (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
-            found.append(Projection(number, path, *sizes))
+            found.append(AttentionProjection(number, path, *sizes))
     return found
 
 

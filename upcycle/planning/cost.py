@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -83,3 +84,8 @@ def flops_of(dense: DenseConfig, parameters: int) -> int:
     """
     embedding = 0 if dense.tie_word_embeddings else dense.vocab_size * dense.hidden_size
     return 2 * (parameters - embedding)
+
+
+def is_power_of_two(value: float) -> bool:
+    """Return whether ``value`` is a power of two, by which every floating-point dtype multiplies exactly (bar overflow)."""
+    return value > 0 and math.frexp(value)[0] == 0.5

@@ -29,8 +29,8 @@ from upcycle.planning.cost import (
     file_warnings,
     files_of,
     flops_of,
+    is_power_of_two,
 )
-from upcycle.planning.equality import why_unequal
 from upcycle.planning.own_text import own_text_bytes
 from upcycle.planning.projections import (
     ImitatedProjection,
@@ -39,7 +39,7 @@ from upcycle.planning.projections import (
     projection_facts,
     with_entries,
 )
-from upcycle.planning.routing_rule import routing_facts
+from upcycle.planning.routing_rule import routing_facts, why_unequal
 from upcycle.planning.speed.predict import predicted_time
 from upcycle.planning.split_sizes import least_width, widths
 from upcycle.recipe.conversion_recipe import Recipe, RefitKind
@@ -395,8 +395,3 @@ def _warnings(job: ExpertJob, dense_parameters: int, active: int) -> list[str]:
         )
     rounded = [job.promise[1]] if job.promise[0] == "rounded" else []
     return [*warnings, *rounded, *job.target.remarks(job.dense)]
-
-
-def is_power_of_two(value: float) -> bool:
-    """Return whether ``value`` is a power of two, by which every floating-point dtype multiplies exactly (bar overflow)."""
-    return value > 0 and math.frexp(value)[0] == 0.5

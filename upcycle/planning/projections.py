@@ -9,7 +9,7 @@ from typing import Any
 from upcycle.architectures.dense.base import DenseConfig, Family
 from upcycle.architectures.moe.base import Target
 from upcycle.architectures.moe.wrapper import block_biases, block_tensors
-from upcycle.architectures.projections import Projection, projections_in
+from upcycle.architectures.projections import AttentionProjection, projections_in
 from upcycle.architectures.stock import empty_model
 from upcycle.architectures.towers.composite import CompositeFamily
 from upcycle.checkpoints.output_layout import OutputEntry, Unit
@@ -41,7 +41,7 @@ class ImitatedProjection:
         gone: the stored tensors that are not written any more.
     """
 
-    place: Projection
+    place: AttentionProjection
     module: str
     width: int
     shape: MoeShape

@@ -86,8 +86,10 @@ def _what(facts: Facts) -> str:
             f"routed{shared} experts each, of which {_running(facts, shared)}."
         )
         if attention := record.get("projections"):
-            first += f" {attention['count']} projections of their attention became {attention['experts']} experts each, out of MLPs that "
-            first += "imitate them."
+            first += (
+                f" {attention['count']} projections of their attention became {attention['experts']} experts each, out of MLPs that "
+                "imitate them."
+            )
     stored = f"It is stored as stock {architecture} in safetensors, and needs no code of its own."
     if facts.own_class:
         stored = (
