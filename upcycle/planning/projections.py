@@ -93,16 +93,14 @@ def imitated_projections(
             if f"{name}.weight" not in stored:
                 raise RefusalError(f"{family.name}: the projection {name} is not stored under its own name", hint=_OFF)
             width = imitating_width(place.inputs, place.outputs, asked.flops, asked.experts)
-            own = MoeShape(
-                asked.experts, asked.experts, 0, width // asked.experts, (layer,), form=_FORM, rule=rule
-            )  # fmt: skip
+            own = MoeShape(asked.experts, asked.experts, 0, width // asked.experts, (layer,), form=_FORM, rule=rule)
             own = replace(own, router=router_form(router, own))
             weight = specs[stored[f"{name}.weight"]].dtype if recipe.dtype == "keep" else recipe.dtype
             entries = tuple(
                 OutputEntry(target.written(dense, one.name), TensorSpec(one.shape, weight), built=one)
                 for one in block_tensors(name, place.inputs, place.outputs, own)
             )
-            gone = frozenset(stored[own] for own in (f"{name}.weight", f"{name}.bias") if own in stored)
+            gone = frozenset(stored[part] for part in (f"{name}.weight", f"{name}.bias") if part in stored)
             found.append(ImitatedProjection(place, f"{base}.{place.path}", width, own, entries, gone))
     if not found:
         raise RefusalError(f"{family.name}: its layers have no projections of attention that are known here", hint=_OFF)
