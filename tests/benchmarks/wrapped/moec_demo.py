@@ -34,7 +34,7 @@ from upcycle.trainers.demo.demo_text import demo_documents
 from upcycle.trainers.routing.stock_routers import moe_layers
 
 EXPERTS, CLUSTERS = 8, 4
-CHARACTERS = 40_000  # of each domain
+CHARACTERS = 8_000  # of each domain
 BALANCE: dict[str, Any] = {"switch_balance": {"coefficient": 0.01}}
 ARMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "balance": ("balance alone", BALANCE, {}),
@@ -84,7 +84,7 @@ def clusters_and_load(folder: Path, text: Sequence[torch.Tensor]) -> tuple[float
 def main() -> None:
     """Convert, train, measure and print the table; with ``--out`` it is written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=80, help=f"of training, {LENGTH * BATCH} tokens each")
+    parser.add_argument("--steps", type=int, default=30, help=f"of training, {LENGTH * BATCH} tokens each")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--jobs", type=int, default=2, help="training runs at a time, one thread each")
     parser.add_argument("--work", type=Path, help="keep runs here, and continue them")
@@ -106,9 +106,9 @@ def main() -> None:
         runs[f"{name}-{options.rate:g}-{options.steps}"] = run
     trained(runs, work / "runs", options.jobs)
     tokenizer = load_tokenizer(locate("demo").path)
-    # A third of the windows of each domain says enough.
-    held = [rows[::3] for rows in windows(texts, tokenizer)]
-    seen = [rows[::3] for rows in windows({domain: [side[1], side[0]] for domain, side in texts.items()}, tokenizer)]
+    # A sixth of the windows of each domain says enough.
+    held = [rows[::6] for rows in windows(texts, tokenizer)]
+    seen = [rows[::6] for rows in windows({domain: [side[1], side[0]] for domain, side in texts.items()}, tokenizer)]
     tokens = sum(len(tokenizer(text)["input_ids"]) for side in texts.values() for text in side[0])
     lines = [
         "| | loss on what was trained on | on held-out text | variance within clusters | load |",
