@@ -22,9 +22,9 @@ class D2D(PlainSumPartition):
     (``ridge`` with target ``output_norm``, or ``upcycle convert d2dmoe_stock``). Chosen experts are summed without weights, so
     the ``paper`` scale is ``sum`` = K.
 
-    Deviations: the model is not fine-tuned for sparsity here (``upcycle train d2dmoe_sparsify`` does it), and attention
-    projections are not replaced. The clustering is :func:`~upcycle.splitters.grouping.balanced_kmeans.balanced_kmeans` where D2DMoE
-    takes k_means_constrained's.
+    Deviations: the model is not fine-tuned for sparsity here (``upcycle train d2dmoe_sparsify`` does it), and attention's
+    projections become experts only where the recipe's ``projections`` asks for it. The clustering is
+    :func:`~upcycle.splitters.grouping.balanced_kmeans.balanced_kmeans` where D2DMoE takes k_means_constrained's.
     """
 
     name = "d2d"

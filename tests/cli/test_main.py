@@ -17,6 +17,7 @@ import upcycle
 from upcycle.cli.main import VERBS, cli, main
 from upcycle.cli.shared import options
 from upcycle.errors import UsageError
+from upcycle.models.own.routing.rules import RULES
 from upcycle.recipe.conversion_recipe import Recipe
 
 Pico = Callable[[str], Path]
@@ -163,10 +164,12 @@ def test_verify_exits_3_when_broken(pico: Pico, tmp_path: Path, capsys: pytest.C
 
 def test_list_shows_every_plugin_with_its_paper() -> None:
     result = json.loads(run("list", "--json").stdout)
-    assert set(result) == {"methods", "routers", "families", "targets", "wrappers", "losses", "recipes"}
+    assert set(result) == {"methods", "routers", "rules", "families", "targets", "wrappers", "losses", "recipes"}
     ours = {method["name"] for method in result["methods"] if method["paper"] is None}
     assert ours == {"alternating", "random_experts"}
     assert all(method["paper"].startswith("https://") for method in result["methods"] if method["name"] not in ours)
+    assert {rule["name"] for rule in result["rules"]} == set(RULES)
+    assert all(rule["paper"].startswith("https://") for rule in result["rules"])
     text = run("list", "methods").stdout
     assert all(method["name"] in text for method in result["methods"])
     assert "[default: 0.02]" in run("list", "routers", "random").stdout  # brackets are text, not markup

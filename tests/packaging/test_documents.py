@@ -194,6 +194,14 @@ def test_json_keys(
     trained_layers = upcycle.convert(dense, tmp_path / "blocks", **blocks).as_dict()
     for layer in trained_layers["layers"]:
         layer.pop("not_trained", None)  # the reason is there where training did not help
+    attention = {
+        "routing": "dynamic_k",
+        "refit": "none",
+        "projections": {"experts": 2, "epochs": 1},
+        "target": "upcycle_moe",
+    }
+    attention |= {"method": "d2d", "experts": 4, "calibration": split["calibration"]}
+    imitated = upcycle.convert(dense, tmp_path / "imitated", **attention, verification={"enabled": False}).as_dict()
     told = [{"name": dense, "positive_prompts": [prompt]} for prompt in ("def f():", "She said")]
     mixing = {"method": "branch_train_mix", "sources": told, "router": "hidden", "verification": {"enabled": False}}
     mixed = upcycle.convert(None, tmp_path / "mix", **mixing).as_dict()
@@ -261,6 +269,8 @@ def test_json_keys(
         "verify with an engine": keys_of(ServingCheck),
         "convert layers": calibrated["layers"][0],
         "convert layers with refit blocks": trained_layers["layers"][0],
+        "convert layers with projections": imitated["layers"][0],
+        "convert layers with projections, projections": imitated["layers"][0]["projections"][0],
         "convert layers of a mix": mixed["layers"][0],
         "convert merging of a zoo": glued["merging"],
         "convert merging of posteriors": merged["merging"],

@@ -11,7 +11,8 @@ from upcycle.architectures.dense.llama_like.llama import Llama
 from upcycle.errors import UsageError
 from upcycle.files.formats.tensor_spec import TensorSpec
 from upcycle.methods.base import AnyMethod
-from upcycle.planning.expert_job import ExpertJob, is_power_of_two
+from upcycle.planning.cost import is_power_of_two
+from upcycle.planning.expert_job import ExpertJob
 from upcycle.planning.job import PlannedJob, check_tokenizer, method_of
 from upcycle.planning.prepare_experts import prepare_experts
 from upcycle.recipe.conversion_recipe import parse_recipe

@@ -188,9 +188,11 @@ def _number(name: str, otherwise: int) -> int:
 def _own_places(model: nn.Module) -> list[RouterPlace]:
     """Where the routers of a model of upcycle's own class are; of a model of parts, those of its text model, as data are text.
 
-    Layers of two towers, or of stages, are numbered through, as a conversion numbers them.
+    Layers of two towers, or of stages, are numbered through, as a conversion numbers them. Those of attention's projections are
+    none of them: they predict norms, and no loss here is about these.
     """
-    blocks = [(name, module) for name, module in model.named_modules() if isinstance(module, MoeBlock)]
+    every = [(name, module) for name, module in model.named_modules() if isinstance(module, MoeBlock)]
+    blocks = [(name, module) for name, module in every if not module.projection]
     if blocks and (paths := read_by_text(model)) is not None:
         blocks = [(name, module) for name, module in blocks if paths.has(f"{name}.")]
     places = module_paths_in(model) if blocks else None

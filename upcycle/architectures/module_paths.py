@@ -382,7 +382,8 @@ def module_paths_in(model: Any) -> ModulePaths:
 def _replaced(entries: list[dict[str, Any]]) -> ListedPaths:
     """Return the paths of the layers that have experts, of a model whose FFNs nobody described, by ``replaced_ffns``."""
     places = []
-    for modules in (modules for entry in entries for modules in entry["paths"]):
+    ffns = (entry for entry in entries if not entry.get("projection"))
+    for modules in (modules for entry in ffns for modules in entry["paths"]):
         numbered_part = re.match(r"(.*\.)?\d+(?=\.)", modules[0].rpartition(".")[0] + ".")
         layer = numbered_part[0] if numbered_part else modules[0].rpartition(".")[0]
         below = [path.removeprefix(f"{layer}.") for path in modules]

@@ -24,6 +24,7 @@ from upcycle.calibration.decide_layer import (
     targets_of,
     weights_behind_norm,
 )
+from upcycle.calibration.imitate import imitate_layer
 from upcycle.calibration.source_walks import SourceWalks, attend, feed
 from upcycle.checkpoints.mixed_checkpoint import MixedCheckpoint
 from upcycle.ffn.activations import HELD_OUT_EVERY, Activations
@@ -219,6 +220,9 @@ class Calibration:
             self._stream(name, index + 1).write(self._runner.whole(index, block) for block in states)
 
     def _moe_layer(self, index: int, importance: torch.Tensor | None) -> None:
+        imitated = imitate_layer(
+            self._job, self._runner, self._stream("dense", index), self._batch, self._folder, index
+        )
         inputs, residual, normed = self._stream("x", index), self._stream("residual", index), self._runner.norms_output
         made = self._stream("made", index) if normed else None
         states = self._stream("moe" if self._differs(index) else "dense", index)
@@ -248,7 +252,7 @@ class Calibration:
         decision = decide_layer(self._job, ffn, activations, targets)
         if self._sequential:
             self._continue(index, decision, residual)
-        report = {"layer": index, **activations.measured, **decision.report}
+        report = {"layer": index, **activations.measured, **decision.report, **imitated}
         save_blueprint(self._file(index), decision.blueprint, report)
         for file in (inputs, residual, *([made] if made else []), *([sums] if self._runner.closes else [])):
             file.release()

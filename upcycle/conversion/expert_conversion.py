@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from upcycle.calibration.blueprint_join import blueprint_reports, decided_layer, join_layers, keep_layer
 from upcycle.calibration.decide_layer import decide
+from upcycle.calibration.imitate import imitated_tensors
 from upcycle.checkpoints.checkpoint import Checkpoint, DenseCheckpoint
 from upcycle.checkpoints.output_layout import OutputEntry, Unit, checked_finite
 from upcycle.conversion.job import TokensRead
@@ -162,9 +163,13 @@ class ExpertConversion(ExpertJob):
         """Yield every tensor of one unit as blocks of rows: copied, or built by the layer's blueprint."""
         dtype = self.recipe.dtype
         experts: BuildsParts | None = None
+        imitated = imitated_tensors(self, unit.layer, folder)
         for entry in unit.entries:
             if entry.origin:
                 yield entry, checkpoint.blocks(entry.origin, dtype)
+                continue
+            if entry.name in imitated:
+                yield entry, iter([checked_finite(entry, imitated[entry.name]())])
                 continue
             if experts is None:
                 assert unit.layer is not None

@@ -301,6 +301,11 @@ def blueprint_recipe(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} holds no recipe", hint="name the blueprint.safetensors that lies beside a conversion"
         ) from None
+    if (recipe.get("projections") or {}).get("experts"):
+        raise CheckpointError(
+            f"{path} is of a conversion whose attention became experts, too, and does not hold what these learnt",
+            hint="convert again from recipe.yaml",
+        )
     found = {key: value for key, value in recipe.items() if key in _BROUGHT}
     texts = found.get("calibration")
     if isinstance(texts, dict) and texts.get("text"):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from upcycle.architectures.dense.base import DenseConfig
 from upcycle.checkpoints.output_layout import Shard
 from upcycle.notebook import HtmlShown
 from upcycle.recipe.conversion_recipe import parse_size
@@ -73,3 +75,18 @@ def file_warnings(shards: Sequence[Shard], most: str) -> list[str]:
     if largest <= wanted:
         return []
     return [f"the largest file has {largest / 1e9:.1f} GB, above max_shard_size: a layer is never divided"]
+
+
+def flops_of(dense: DenseConfig, parameters: int) -> int:
+    """Return the FLOPs per token: two for each weight that takes part in a matrix product.
+
+    The embedding look-up is no product; a tied embedding counts as the head. Attention over the context is left out: it
+    depends on the context's length and is the same before and after.
+    """
+    embedding = 0 if dense.tie_word_embeddings else dense.vocab_size * dense.hidden_size
+    return 2 * (parameters - embedding)
+
+
+def is_power_of_two(value: float) -> bool:
+    """Return whether ``value`` is a power of two, by which every floating-point dtype multiplies exactly (bar overflow)."""
+    return value > 0 and math.frexp(value)[0] == 0.5

@@ -28,10 +28,18 @@ from upcycle.planning.cost import (
     Plan,
     file_warnings,
     files_of,
+    flops_of,
+    is_power_of_two,
 )
-from upcycle.planning.equality import why_unequal
 from upcycle.planning.own_text import own_text_bytes
-from upcycle.planning.routing_rule import routing_facts
+from upcycle.planning.projections import (
+    ImitatedProjection,
+    imitation_bytes,
+    imitation_memory,
+    projection_facts,
+    with_entries,
+)
+from upcycle.planning.routing_rule import routing_facts, why_unequal
 from upcycle.planning.speed.predict import predicted_time
 from upcycle.planning.split_sizes import least_width, widths
 from upcycle.recipe.conversion_recipe import Recipe, RefitKind
@@ -58,6 +66,7 @@ class ExpertJob:
     dense_specs: Mapping[str, TensorSpec]
     targets: tuple[Target, ...] = ()  # all targets of the family, in the order in which they are tried
     note: str | None = None  # a remark of the source on how it is read, for the plan's warnings
+    projections: tuple[ImitatedProjection, ...] = ()  # of attention, that become experts
 
     @property
     def units(self) -> Iterator[Unit]:
@@ -101,7 +110,7 @@ class ExpertJob:
         Converted layers that equal the dense ones put out the same states, so that parallel is enough for them.
         """
         wanted = self.recipe.calibration.mode
-        if self.method.kind == "copies":
+        if self.method.kind == "copies" or self.projections:  # which imitate the dense model's on its own states
             return "parallel"
         if wanted != "auto":
             return wanted
@@ -119,6 +128,8 @@ class ExpertJob:
 
         ``rounded``: exact except for a factor that the stored dtype cannot apply without rounding.
         """
+        if self.projections:
+            return "approximate", f"{len(self.projections)} projections of attention are imitated"
         if reason := why_unequal(self.method, self.shape, self.scale, self.router, self.target):
             return "approximate", reason
         if self.rounding:
@@ -143,7 +154,7 @@ class ExpertJob:
     @property
     def config(self) -> dict[str, Any]:
         """The result's ``config.json``."""
-        return self.target.full_config(self.dense, self.shape, self.dtype)
+        return with_entries(self.target.full_config(self.dense, self.shape, self.dtype), self.projections)
 
     @property
     def recipe_keys(self) -> set[str] | None:
@@ -165,6 +176,7 @@ class ExpertJob:
             "scale": self.scale,
             "refit": self.refit,
             "moe_layers": list(self.shape.moe_layers),
+            **projection_facts(self.projections),
             "layers": self.dense.num_hidden_layers,
         }
 
@@ -201,7 +213,7 @@ class ExpertJob:
         item = TensorSpec((1,), self.dtype).nbytes
         down = dense.hidden_size * (shape.experts + shape.shared) * shape.expert_size * item
         fitted = {"down": 1, "blocks": 3}.get(self.refit, 0)
-        return states + 2 * len(shape.moe_layers) * fitted * down
+        return states + 2 * len(shape.moe_layers) * fitted * down + imitation_bytes(self.projections, self.recipe)
 
     def cost(self) -> Plan:
         """Work out what the conversion will write and need, from headers alone."""
@@ -257,8 +269,8 @@ def _expert_plan(job: ExpertJob) -> Plan:
         bytes_dense=sum(specs[name].nbytes for name in used),
         bytes_output=sum(shard.nbytes for shard in job.shards),
         peak_memory_bytes=_peak_memory(job),
-        flops_per_token_dense=_flops(dense, dense_total - others),
-        flops_per_token=_flops(job.target.stored(dense), active - others),
+        flops_per_token_dense=flops_of(dense, dense_total - others),
+        flops_per_token=flops_of(job.target.stored(dense), active - others),
         kind=job.method.kind,
         warnings=[*_warnings(job, dense_total, active), *file_warnings(job.shards, job.recipe.max_shard_size)],
         shards=files_of(job.shards),
@@ -271,16 +283,6 @@ def _per_neuron(job: ExpertJob, dense: DenseConfig) -> int:
     """Return the weights of a neuron of one layer, without biases; stock experts have a gate."""
     rows = len(dense.ffn_form.matrices) - 1 if job.target.keeps_names else 2
     return rows * dense.hidden_size + dense.ffn_output
-
-
-def _flops(dense: DenseConfig, parameters: int) -> int:
-    """Return the FLOPs per token: two for each weight that takes part in a matrix product.
-
-    The embedding look-up is no product; a tied embedding counts as the head. Attention over the context is left out: it
-    depends on the context's length and is the same before and after.
-    """
-    embedding = 0 if dense.tie_word_embeddings else dense.vocab_size * dense.hidden_size
-    return 2 * (parameters - embedding)
 
 
 def _peak_memory(job: ExpertJob) -> int:
@@ -338,7 +340,7 @@ def calibration_memory(job: ExpertJob) -> int:
     return (
         RESIDENT_BYTES
         + 4 * (2 * weights + batch + kept + held)
-        + max(8 * fit, 4 * trained)
+        + max(8 * fit, 4 * trained, imitation_memory(job.projections, job.recipe))
         + compared
         + min(REUSED_BYTES, 4 * kept)
     )
@@ -395,8 +397,3 @@ def _warnings(job: ExpertJob, dense_parameters: int, active: int) -> list[str]:
         )
     rounded = [job.promise[1]] if job.promise[0] == "rounded" else []
     return [*warnings, *rounded, *job.target.remarks(job.dense)]
-
-
-def is_power_of_two(value: float) -> bool:
-    """Return whether ``value`` is a power of two, by which every floating-point dtype multiplies exactly (bar overflow)."""
-    return value > 0 and math.frexp(value)[0] == 0.5

@@ -22,6 +22,7 @@ from upcycle.planning.expert_job import ExpertJob, looks_at_text
 from upcycle.planning.job import CALIBRATION_HINT, check_calibrates, check_columns, check_text, check_tokenizer
 from upcycle.planning.kept_units import kept_units
 from upcycle.planning.own_text import check_own_text
+from upcycle.planning.projections import imitated_projections, with_imitated
 from upcycle.planning.routing_rule import (
     check_causal,
     check_counts,
@@ -119,12 +120,14 @@ def prepare_experts(
     check_refit(recipe, refit, factor, shape)
     if router.walks or (texts and looks_at_text(method, router)):
         check_calibrates(family, method.name if method.needs_gradients else None)
+    imitated = imitated_projections(recipe, family, dense, target, method, router, shape, specs)
     plan_units = kept_units if target.keeps_names else _units
-    units = plan_units(recipe, family, dense, target, shape, specs)
+    units = with_imitated(plan_units(recipe, family, dense, target, shape, specs), imitated)
     shards = shards_of(units, parse_size(recipe.max_shard_size))
     held = tuple(targets[name] for name in family.targets)
     return kind(
-        recipe, dense, family, target, method, router, router_name, shape, factor, refit, shards, specs, held, note
+        *(recipe, dense, family, target, method, router, router_name, shape, factor, refit, shards, specs, held, note),
+        projections=imitated,
     )
 
 

@@ -91,6 +91,11 @@ def _what(facts: Facts) -> str:
             f"A Mixture-of-Experts model made from {made}: the feed-forward networks of {layers} became {keys['experts']} "
             f"routed{shared} experts each, of which {_running(facts, shared)}."
         )
+        if attention := record.get("projections"):
+            first += (
+                f" {attention['count']} projections of their attention became {attention['experts']} experts each, out of MLPs that "
+                "imitate them."
+            )
     stored = f"It is stored as stock {architecture} in safetensors, and needs no code of its own."
     if facts.own_class:
         stored = (

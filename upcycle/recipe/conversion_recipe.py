@@ -14,6 +14,7 @@ from upcycle.files.formats.parsing import dump_yaml, read_yaml
 from upcycle.files.local_names import here
 from upcycle.plugins import StrictSettings
 from upcycle.recipe.precision_recipe import PrecisionRecipe
+from upcycle.recipe.projections_recipe import ProjectionsRecipe
 from upcycle.recipe.recipe_parts import (
     CalibrationRecipe,
     PartName,
@@ -90,6 +91,9 @@ class Recipe(StrictSettings):
     )
     router: RouterRecipe = Field(default=RouterRecipe(), description="router initialiser")
     routing: RoutingRecipe = Field(default=RoutingRecipe(), description="routing rule")
+    projections: ProjectionsRecipe = Field(
+        default=ProjectionsRecipe(), description="experts of attention's projections, of --target upcycle_moe"
+    )
     calibration: CalibrationRecipe = Field(default=CalibrationRecipe(), description="the text to calibrate on")
     refit: Literal["auto", "down", "blocks", "scale", "none"] = Field(
         "auto",
@@ -179,6 +183,11 @@ class Recipe(StrictSettings):
     @classmethod
     def _precision_by_bits(cls, value: Any) -> Any:
         return {"bits": value} if isinstance(value, (str, int)) and not isinstance(value, bool) else value
+
+    @field_validator("projections", mode="before")
+    @classmethod
+    def _projections_by_experts(cls, value: Any) -> Any:
+        return {"experts": value} if isinstance(value, int) and not isinstance(value, bool) else value
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -309,7 +318,9 @@ def set_key(content: dict[str, Any], path: str, value: Any) -> None:
     for parent in parents:
         inner = content.get(parent)
         if not isinstance(inner, dict):
-            main = {"calibration": "text", "routing": "rule", "precision": "bits"}.get(parent, "name")
+            main = {"calibration": "text", "routing": "rule", "precision": "bits", "projections": "experts"}.get(
+                parent, "name"
+            )
             inner = {main: inner} if isinstance(inner, (str, int, list)) else {}
             content[parent] = inner
         content = inner

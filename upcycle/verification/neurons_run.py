@@ -16,12 +16,15 @@ class NeuronsRun:
 
     Args:
         model: a stock model; one without blocks of :class:`~upcycle.models.own.moe_block.MoeBlock` is not watched.
-        width: of the dense FFN, to which the numbers are relative.
+        width: of the dense FFN, to which the numbers are relative; None: those of a block are relative to its own neurons.
+        projections: whether to count in the projections of attention that became experts, and not in FFNs.
     """
 
-    def __init__(self, model: torch.nn.Module, width: int) -> None:
-        self._model, self._width, self._inside = model, width, False
-        self._blocks = [module for module in model.modules() if isinstance(module, MoeBlock)]
+    def __init__(self, model: torch.nn.Module, width: int | None, projections: bool = False) -> None:
+        self._model, self._inside = model, False
+        blocks = (module for module in model.modules() if isinstance(module, MoeBlock))
+        self._blocks = [block for block in blocks if block.projection == projections]
+        self._widths = [width or sum(block.experts.widths) + block.shared_width for block in self._blocks]
         self._neurons = [0.0] * len(self._blocks)
         self._tokens = [0] * len(self._blocks)
 
@@ -56,9 +59,9 @@ class NeuronsRun:
 
     @property
     def shares(self) -> list[float]:
-        """For every block the mean of its neurons that ran for a token, over those of the dense FFN; empty: none ran."""
+        """For every block the mean of its neurons that ran for a token, over ``width``; empty: none ran."""
         return [
-            neurons / (tokens * self._width)
-            for neurons, tokens in zip(self._neurons, self._tokens, strict=True)
+            neurons / (tokens * width)
+            for neurons, tokens, width in zip(self._neurons, self._tokens, self._widths, strict=True)
             if tokens
         ]

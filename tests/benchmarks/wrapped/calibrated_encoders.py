@@ -5,13 +5,11 @@
 - The vision transformer of handwritten digits (``tests/benchmarks/support/digits_vit.py``): a half, a quarter and an eighth of its
   neurons, calibrated on the images that it was trained on; accuracy on the others.
 
-The same splits without calibration stand beside them. With ``--rules``, MiniLM alone is split as MoEfication and D2DMoE do it: the
-experts of the largest activations by a trained router, or as many as have norms of at least ``tau`` times the largest.
+The same splits without calibration stand beside them. ``encoder_rules.py`` has the rules of MoEfication and D2DMoE.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -43,18 +41,6 @@ ROUNDS, TIMED = 5, 256
 CALIBRATED = ("--method", "coactivation_kmeans", "--router", "ridge", "--refit", "down")
 TEXT = ("--calibration", "demo", "--calibration-tokens", "32768", "--set", "calibration.window=64")
 PLAIN = ("--method", "random_split")
-MOEFICATION = (
-    "--method",
-    "coactivation_graph",
-    "--router",
-    "moefication",
-    "--set",
-    "routing.scores=ones",
-    "--set",
-    "routing.normalized=false",
-)
-D2DMOE = ("--method", "d2d", "--router", "d2d_norms", "--routing", "dynamic_k")
-TAUS = (0.2, 0.4, 0.6)
 PROCESSOR = {
     "image_processor_type": "ViTImageProcessor",
     "size": {"height": 8, "width": 8},
@@ -126,31 +112,8 @@ def digit_rows(place: Path) -> list[Row]:
     return rows
 
 
-def rule_rows(place: Path) -> list[Row]:
-    """MiniLM by MoEfication's and D2DMoE's rules; the share of neurons is what ran on the text that was verified on."""
-    wanted = [(f"MoEfication, {k} of {EXPERTS}", ("--top-k", k, *MOEFICATION)) for k in ACTIVE]
-    wanted += [(f"D2DMoE, tau {tau}", ("--tau", tau, *D2DMOE)) for tau in TAUS]
-    rows = []
-    for name, options in wanted:
-        out = place / name.replace(" ", "-")
-        shared = ("--target", "upcycle_moe", "--quiet", "--experts", EXPERTS, "--refit", "none", *TEXT)
-        run("convert", minilm(), out, *shared, *options)
-        ran = json.loads((out / "verification.json").read_text())["neurons_run"]
-        scores = evaluation(out, minilm())["embeddings"]
-        share = f"{sum(ran) / len(ran):.0%} of neurons" if ran else ""
-        rows.append(
-            Row(f"MiniLM, {name}", f"{scores['cosine']:.4f}, {scores['recall']:.1%}", "1.0000, 100.0%", share, "")
-        )
-    return rows
-
-
 def main() -> int:
     """Convert and measure; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rules", action="store_true", help="MoEfication's and D2DMoE's rules instead")
-    if parser.parse_args().rules:
-        with tempfile.TemporaryDirectory() as place:
-            return report("MiniLM by other rules", ("cosine, recall@10", "dense"), rule_rows(Path(place)))
     rows = []
     with tempfile.TemporaryDirectory() as place:
         rows += digit_rows(Path(place) / "digits")

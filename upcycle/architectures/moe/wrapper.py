@@ -70,7 +70,7 @@ class UpcycleMoe(Target):
                 hidden_size=hidden_size,
                 activation=form.activation,
                 gated=form.gated,
-                biases=_biases(replace(shape, form=form)),
+                biases=block_biases(replace(shape, form=form)),
                 widths=(size,) * shape.experts,
                 shared_width=shape.shared * size,
                 router_bias=shape.router.bias is not None,
@@ -100,46 +100,57 @@ class UpcycleMoe(Target):
     def moe_tensors(self, dense: DenseConfig, shape: MoeShape, layer: int, layout: ExpertLayout) -> list[OutputTensor]:
         """Return the router's tensors, the packed experts, and the shared expert's projections; there is one layout only."""
         assert self._family is not None
-        d, out, form = dense.hidden_size, dense.ffn_output, dense.ffn_form
-        m, s = shape.expert_size, shape.shared * shape.expert_size
-        prefix, everyone, rows = self._family.module_paths.block_of(layer), range(shape.experts), 2 if form.gated else 1
-        up: PartKind = "gate_up" if form.gated else "up"
-        up_bias: PartKind = "gate_up_bias" if form.gated else "up_bias"
+        return block_tensors(self._family.module_paths.block_of(layer), dense.hidden_size, dense.ffn_output, shape)
 
-        def each(kind: PartKind) -> tuple[Part, ...]:
-            return tuple(Part(kind, e) for e in everyone)
 
-        router, own = shape.router, _biases(shape)
-        tensors = [
-            OutputTensor(f"{prefix}.router.weight", (shape.experts, router.width or d), (Part("router"),)),
-            OutputTensor(f"{prefix}.experts.{up}", (rows * m * shape.experts, d), each(up)),
-            OutputTensor(f"{prefix}.experts.down", (m * shape.experts, out), each("down_rows")),
-        ]
-        if not router.linear:
-            tensors.append(OutputTensor(f"{prefix}.router.hidden.weight", (router.width, d), (Part("router_hidden"),)))
-        if router.bias is not None:
-            filled = Part("filled", factor=router.bias, size=shape.experts)
-            tensors.append(OutputTensor(f"{prefix}.router.bias", (shape.experts,), (filled,)))
-        if "output" in own:
-            tensors.append(OutputTensor(f"{prefix}.output_bias", (out,), (Part("output_bias"),)))
-        if form.biases & {"gate", "up"}:
-            tensors.append(OutputTensor(f"{prefix}.experts.up_bias", (rows * m * shape.experts,), each(up_bias)))
-        if "down" in own:
-            tensors.append(OutputTensor(f"{prefix}.experts.down_bias", (shape.experts, out), each("down_bias")))
-        if not s:
-            return tensors
-        sizes = {"gate": (s, d), "up": (s, d), "down": (out, s)}
-        kinds: dict[str, PartKind] = {"gate": "shared_gate", "up": "shared_up", "down": "shared_down"}
-        biases: dict[str, PartKind] = {"gate": "shared_gate_bias", "up": "shared_up_bias", "down": "shared_down_bias"}
-        for matrix in form.matrices:
-            name = f"{prefix}.shared_{matrix}"
-            tensors.append(OutputTensor(f"{name}.weight", sizes[matrix], (Part(kinds[matrix]),)))
-            if matrix in own:
-                tensors.append(OutputTensor(f"{name}.bias", sizes[matrix][:1], (Part(biases[matrix]),)))
+def block_tensors(prefix: str, d: int, out: int, shape: MoeShape) -> list[OutputTensor]:
+    """Return the tensors of one block: the router's, the packed experts, and the shared expert's projections.
+
+    Args:
+        prefix: the module's path.
+        d: the length of its inputs.
+        out: the length of its outputs.
+        shape: its numbers.
+    """
+    form, m, s = shape.form, shape.expert_size, shape.shared * shape.expert_size
+    everyone, rows = range(shape.experts), 2 if form.gated else 1
+    up: PartKind = "gate_up" if form.gated else "up"
+    up_bias: PartKind = "gate_up_bias" if form.gated else "up_bias"
+
+    def each(kind: PartKind) -> tuple[Part, ...]:
+        return tuple(Part(kind, e) for e in everyone)
+
+    router, own = shape.router, block_biases(shape)
+    tensors = [
+        OutputTensor(f"{prefix}.router.weight", (shape.experts, router.width or d), (Part("router"),)),
+        OutputTensor(f"{prefix}.experts.{up}", (rows * m * shape.experts, d), each(up)),
+        OutputTensor(f"{prefix}.experts.down", (m * shape.experts, out), each("down_rows")),
+    ]
+    if not router.linear:
+        tensors.append(OutputTensor(f"{prefix}.router.hidden.weight", (router.width, d), (Part("router_hidden"),)))
+    if router.bias is not None:
+        filled = Part("filled", factor=router.bias, size=shape.experts)
+        tensors.append(OutputTensor(f"{prefix}.router.bias", (shape.experts,), (filled,)))
+    if "output" in own:
+        tensors.append(OutputTensor(f"{prefix}.output_bias", (out,), (Part("output_bias"),)))
+    if form.biases & {"gate", "up"}:
+        tensors.append(OutputTensor(f"{prefix}.experts.up_bias", (rows * m * shape.experts,), each(up_bias)))
+    if "down" in own:
+        tensors.append(OutputTensor(f"{prefix}.experts.down_bias", (shape.experts, out), each("down_bias")))
+    if not s:
         return tensors
+    sizes = {"gate": (s, d), "up": (s, d), "down": (out, s)}
+    kinds: dict[str, PartKind] = {"gate": "shared_gate", "up": "shared_up", "down": "shared_down"}
+    biases: dict[str, PartKind] = {"gate": "shared_gate_bias", "up": "shared_up_bias", "down": "shared_down_bias"}
+    for matrix in form.matrices:
+        name = f"{prefix}.shared_{matrix}"
+        tensors.append(OutputTensor(f"{name}.weight", sizes[matrix], (Part(kinds[matrix]),)))
+        if matrix in own:
+            tensors.append(OutputTensor(f"{name}.bias", sizes[matrix][:1], (Part(biases[matrix]),)))
+    return tensors
 
 
-def _biases(shape: MoeShape) -> frozenset[Any]:
+def block_biases(shape: MoeShape) -> frozenset[Any]:
     """Return the biases that a block has.
 
     A down bias is every expert's own where weights sum to 1, and is added once; by another rule it is the block's, not an expert's.

@@ -31,6 +31,8 @@ JSON_KEYS = {
     "convert layers": "layer captured random oracle_share chosen error_before error_after strength condition",
     "convert layers with refit blocks": "layer captured random oracle_share chosen error_before error_after strength condition steps "
     "error_trained",
+    "convert layers with projections": "layer captured random oracle_share chosen projections",
+    "convert layers with projections, projections": "path neurons error active",
     "convert layers of a mix": "layer router_condition own_expert",
     "convert layers of a grown MoE": "layer experts utility",
     "convert layers of an added expert": "layer own_tokens other_tokens unit strength",

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from upcycle.recipe.shipped_recipes import RECIPE_VERBS, shipped, summary
 from upcycle.registry import FAMILIES, TARGETS, load
 from upcycle.registry import KINDS as REGISTRY
 
-LISTED_KINDS = ("methods", "routers", "families", "targets", "wrappers", "losses", "recipes")
+LISTED_KINDS = ("methods", "routers", "rules", "families", "targets", "wrappers", "losses", "recipes")
 SINGULAR = {
     "methods": "method",
     "routers": "router",
+    "rules": "rule",
     "families": "family",
     "targets": "target",
     "wrappers": "wrapper",
@@ -24,6 +26,10 @@ SINGULAR = {
 
 def plugins(kind: str) -> dict[str, Any]:
     """Return the plug-in classes of ``kind`` (a plural of :data:`LISTED_KINDS`) by name, in registry order."""
+    if kind == "rules":
+        from upcycle.models.own.routing.rules import RULES
+
+        return dict(RULES)
     singular = SINGULAR[kind]
     found = {name: load(singular, name) for name in REGISTRY[singular]}
     # A model of parts whose MoE is a class of its own is registered under both names.
@@ -46,6 +52,9 @@ def entries(kind: str) -> list[dict[str, Any]]:
                 key: f"{field.description} [default: {field.default}]"
                 for key, field in plugin.Parameters.model_fields.items()
             }
+            entry["paper"] = plugin.paper
+        elif kind == "rules":
+            entry["parameters"] = {field.name: f"[default: {field.default}]" for field in fields(plugin)}
             entry["paper"] = plugin.paper
         elif kind == "families":
             entry["targets"] = list(plugin.targets)

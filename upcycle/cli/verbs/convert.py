@@ -189,6 +189,14 @@ def calibration_facts(layers: list[dict[str, Any]]) -> list[tuple[str, str]]:
     if aligned := spread("similarity_aligned", ".2f"):
         stored = spread("similarity_stored", ".2f")
         facts.append(("neurons", f"cosine similarity to the anchor's: {stored} as stored, {aligned} once aligned"))
+    if errors := [one["error"] for layer in layers for one in layer.get("projections", ())]:
+        between = f"{min(errors):.2f} to {max(errors):.2f}"
+        facts.append(
+            (
+                "attention",
+                f"{len(errors)} projections imitated; they miss {between} of what they vary by (held-out tokens)",
+            )
+        )
     if captured := spread("captured", ".0%"):
         facts.append(("router", f"captures {captured} of what an oracle would (random: {spread('random', '.0%')})"))
     if share := spread("own_expert", ".0%"):

@@ -41,6 +41,7 @@ class MoeBlock(nn.Module):
         ffn: its description.
 
     Attributes:
+        projection: whether it stands where attention had a projection, and not where an FFN was.
         mask: of the tokens of the present call, 0 at padding, where the rule looks at whole sequences and the model was given one:
             see :func:`~upcycle.models.own.token_mask.watch_masks`.
         received: ``[B, n]``, the attention that tokens of the present call get, where the rule protects some: see
@@ -59,6 +60,7 @@ class MoeBlock(nn.Module):
             self.shared_up = nn.Linear(d, shared, bias="up" in ffn.biases)
             self.shared_down = nn.Linear(shared, out, bias="down" in ffn.biases)
             self.shared_switch = nn.Linear(d, 1, bias=False) if ffn.shared_switch else None
+        self.projection = ffn.projection
         self.has_shared, self.shared_width = bool(shared), shared
         self.output_bias = nn.Parameter(torch.zeros(out)) if "output" in ffn.biases else None
         self.dropout = nn.Dropout(ffn.dropout)

@@ -15,7 +15,7 @@ Bias = Literal["gate", "up", "down", "output"]
 _HINT = "correct the key, or convert the model again"
 _KEYS = (
     *("paths", "hidden_size", "activation", "gated", "biases", "experts", "width", "widths", "shared_width"),
-    *("router", "router_bias", "routing", "dropout", "output_size", "shared_switch", "ranks"),
+    *("router", "router_bias", "routing", "dropout", "output_size", "shared_switch", "ranks", "projection"),
 )
 _ROUTER_KEYS = ("kind", "width", "activation", "absolute", "unit_inputs")
 
@@ -42,6 +42,7 @@ class ReplacedFfn:
         shared_switch: whether the shared expert's output is multiplied by the sigmoid of a product with the input (Qwen2-MoE).
         ranks: where experts' matrices are products of two thin ones, those of every expert: of its first projections together, and of
             its second; empty: they are whole.
+        projection: whether they are no FFNs, but projections of attention, which experts imitate (D2DMoE).
     """
 
     paths: tuple[tuple[str, ...], ...]
@@ -58,6 +59,7 @@ class ReplacedFfn:
     output_size: int | None = None
     shared_switch: bool = False
     ranks: tuple[tuple[int, int], ...] = ()
+    projection: bool = False
 
     @property
     def output(self) -> int:
@@ -90,6 +92,7 @@ class ReplacedFfn:
             **({} if self.router.linear else {"router": _router_json(self.router)}),
             "routing": {"rule": self.rule.name, **vars(self.rule)},
             "dropout": self.dropout,
+            **({"projection": True} if self.projection else {}),
         }
 
 
@@ -184,6 +187,7 @@ class EntryReader:
             output_size=self._output(hidden),
             shared_switch=self.get("shared_switch", "true or false", lambda v: type(v) is bool, False),
             ranks=self._ranks(widths, biases),
+            projection=self.get("projection", "true or false", lambda v: type(v) is bool, False),
         )
 
     def _ranks(self, widths: tuple[int, ...], biases: Any) -> tuple[tuple[int, int], ...]:

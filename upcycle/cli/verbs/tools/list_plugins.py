@@ -1,4 +1,4 @@
-"""``upcycle list``: prints the methods, routers, families, targets, losses and recipes to choose from."""
+"""``upcycle list``: prints the methods, routers, routing rules, families, targets, losses and recipes to choose from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from upcycle.cli.shared.plugin_tables import LISTED_KINDS, SINGULAR, entries, in
 from upcycle.errors import UsageError
 from upcycle.registry import DESCRIBED, OWN_TARGETS, suggestion
 
-ONE_LINE = ("methods", "routers", "losses")  # whose modules begin with what they are
+ONE_LINE = ("methods", "routers", "rules", "losses")  # whose modules begin with what they are
 
 
 @click.command("list", short_help="List methods, routers, targets and more")
@@ -21,7 +21,7 @@ ONE_LINE = ("methods", "routers", "losses")  # whose modules begin with what the
 @click.option("--markdown", "as_markdown", is_flag=True, help="print one of them as a Markdown table")
 @common_options
 def command(kind: str | None, name: str | None, as_markdown: bool, as_json: bool, debug: bool) -> None:
-    """List the methods, routers, families, targets, losses or recipes that there are, or all of these; or what is known of one NAME.
+    """List the methods, routers, routing rules, families, targets, losses or recipes that there are, or all of these; or what is known of one NAME.
 
     \b
     upcycle list
@@ -49,7 +49,7 @@ def command(kind: str | None, name: str | None, as_markdown: bool, as_json: bool
             wrapped = ", ".join(DESCRIBED)
             print_line()
             print_line(f"{next(iter(OWN_TARGETS))}, upcycle's own target, holds all of these, and {wrapped}")
-    if kind in ("methods", "routers", "losses"):
+    if kind in ONE_LINE:
         print_line()
         print_line(f"parameters and paper of one: upcycle list {kind} {listing[kind][0]['name']}")
 
