@@ -14,7 +14,7 @@ from media_cases import captioned_images, pair_file, sound_folder, sound_model, 
 from upcycle.architectures.stock import build_config
 from upcycle.errors import CheckpointError, UsageError
 from upcycle.inputs import examples
-from upcycle.inputs.examples import Example, divided_examples, find_examples
+from upcycle.inputs.examples import InputExample, divided_examples, find_examples
 from upcycle.inputs.read import find_inputs
 from upcycle.inputs.reader import InputReader
 from upcycle.recipe.recipe_parts import CalibrationRecipe
@@ -31,7 +31,7 @@ def test_pairs_are_read_from_every_format_and_divided_by_their_content(tmp_path:
         find_examples("pairs", wanted(tmp_path / name, column="question", target="answer"), 1000)
         for name in ("a.jsonl", "b.csv")
     ]
-    assert found[0] == found[1] == [Example(row["question"], row["answer"]) for row in rows]
+    assert found[0] == found[1] == [InputExample(row["question"], row["answer"]) for row in rows]
     parts = divided_examples([*found[0], *found[0]], 1000, "pairs")
     assert not {one.item for one in parts.read} & {one.item for one in parts.held_out}  # copies are on one side
     assert parts.how == f"{len(parts.held_out)} of {2 * len(rows)} pairs"
@@ -52,7 +52,7 @@ def test_texts_lie_beside_images_and_sounds_or_in_files_of_lines(tmp_path: Path)
 def test_datasets_are_read_by_their_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"de": "ja", "en": "yes", "audio": {"array": [0.5], "sampling_rate": 16000}, "text": "said"}]
     monkeypatch.setattr(examples, "hub_rows", lambda name: iter(rows))
-    assert find_examples("pairs", wanted("some/set", column="de", target="en"), 5) == [Example("ja", "yes")]
+    assert find_examples("pairs", wanted("some/set", column="de", target="en"), 5) == [InputExample("ja", "yes")]
     (spoken,) = find_examples("speech", wanted("some/set"), 5)
     assert (spoken.text, spoken.item.read(16000).tolist()) == ("said", [0.5])  # type: ignore[union-attr]
     for keys, message in (
@@ -103,7 +103,7 @@ def test_texts_are_padded_as_their_model_learned_it(tmp_path: Path) -> None:
     """CLIP masks what is behind a text, SigLIP reads it, and a decoder reads its text one token behind."""
     images = captioned_images(tmp_path / "images", 2)
     found = find_examples("images and text", wanted(images), 4)
-    texts = [Example("ab"), Example("abcd")]
+    texts = [InputExample("ab"), InputExample("abcd")]
     for name in ("clip", "siglip"):
         two_towers(name, tmp_path / name)
         raw = json.loads((tmp_path / name / "config.json").read_text())

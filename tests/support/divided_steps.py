@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from upcycle.trainers.data.batches import PackedBatch
+from upcycle.trainers.data.packing import PackedBatch
 from upcycle.trainers.distillation.parent import Parent
 from upcycle.trainers.distributed.ranks import Ranks
 from upcycle.trainers.recipe.training_recipe import StageRecipe

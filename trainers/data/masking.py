@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +16,8 @@ import torch
 from upcycle.errors import UsageError
 from upcycle.text.windows import Frame, frame_of
 from upcycle.trainers.data.keyed_random import random_words, uniform
+from upcycle.trainers.data.packing import PackedBatch
 from upcycle.trainers.recipe.data_recipe import MaskingRecipe
-
-if TYPE_CHECKING:
-    from upcycle.trainers.data.batches import PackedBatch
 
 
 class Masker:

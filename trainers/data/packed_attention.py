@@ -13,7 +13,7 @@ from upcycle.architectures.module_paths import text_config
 from upcycle.architectures.stock_auto import is_encoder
 from upcycle.errors import UsageError
 from upcycle.registry import find
-from upcycle.trainers.data.batches import PackedBatch
+from upcycle.trainers.data.packing import PackedBatch
 
 if TYPE_CHECKING:
     import torch

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from upcycle.trainers.recipe.data_recipe import Packing
@@ -112,3 +115,48 @@ def _best_fit(lengths: list[int], row: int) -> Int64:
                 insort(rooms, left)
             same.append(chosen)
     return place
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Rows of token ids, each of which holds one or more documents or parts of them.
+
+    :func:`upcycle.trainers.data.packed_attention.packed_forward` runs a model on it so that documents do not see each other.
+
+    ``ids`` int64 ``[B, L]``; ``mask`` bool ``[B, L]``, the tokens that are targets: no padding, not the first token of a
+    document or part, and of examples only answers; ``positions`` int64 ``[B, L]``, 0 at the first token of a document or part and
+    nowhere else; ``domains`` the domain of each row; ``unpadded`` bool ``[B, L]``, the tokens that are no padding (``None``: targets
+    and first tokens, which are all of text); ``compared`` bool ``[B, L]``, the answers of preferences, which are no targets (``None``:
+    there are none). In a row of preferences, the worse answer's document follows the better one's.
+
+    For a masked language model, ``mask`` are the tokens that it predicts at their own places, and ``given`` int64 ``[B, L]`` is what
+    it reads.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    positions: torch.Tensor
+    domains: tuple[str, ...]
+    unpadded: torch.Tensor | None = None
+    compared: torch.Tensor | None = None
+    given: torch.Tensor | None = None
+
+    @property
+    def real(self) -> torch.Tensor:
+        """Bool ``[B, L]``: all tokens that are not padding, whether or not they are targets."""
+        return self.mask | (self.positions == 0) if self.unpadded is None else self.unpadded
+
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedBatch:
+        """A batch of what ``change`` makes of every tensor, with the same domains."""
+        parts: dict[str, Any] = {
+            name: change(part) for name, part in vars(self).items() if isinstance(part, torch.Tensor)
+        }
+        return replace(self, **parts)
+
+    def flat(self) -> PackedBatch:
+        """The same documents in one long row ``[1, B L]``, with the same losses: flash attention needs this."""
+        return self.each(lambda part: part.reshape(1, -1))
+
+    def predicting(self, logits: torch.Tensor) -> torch.Tensor:
+        """Of logits ``[B, L, V]``, those ``[B, L - 1, V]`` that predict the tokens at positions 1 and on."""
+        return logits[:, :-1] if self.given is None else logits[:, 1:]

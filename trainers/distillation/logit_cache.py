@@ -19,7 +19,7 @@ from upcycle.files.atomic_files import write_whole
 from upcycle.files.formats.parsing import read_json
 from upcycle.files.hashing import hash_file
 from upcycle.files.output.ownership import cannot_write
-from upcycle.trainers.data.batches import PackedBatch
+from upcycle.trainers.data.packing import PackedBatch
 from upcycle.trainers.distillation.truncated_logits import TopLogits
 
 MANIFEST = "cache.json"

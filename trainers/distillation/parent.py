@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from upcycle.trainers.data.batches import PackedBatch
 from upcycle.trainers.data.packed_attention import packed_forward
+from upcycle.trainers.data.packing import PackedBatch
 from upcycle.trainers.distillation.expert_targets import FfnRecord, capture_ffns
 from upcycle.trainers.distillation.logit_cache import LogitCache
 from upcycle.trainers.distillation.losses import OutputRecord, capture_outputs, layer_outputs, parent_sizes

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from upcycle.errors import UsageError
-from upcycle.trainers.data.batches import PackedBatch
+from upcycle.trainers.data.packing import PackedBatch
 from upcycle.trainers.losses.next_token import next_token_losses
 from upcycle.trainers.recipe.training_recipe import StageRecipe
 

@@ -23,9 +23,9 @@ from upcycle.notebook import HtmlShown
 from upcycle.trainers.checkpoints.prepare_model import check_parent_tokens, parent_folder, save_config, tokenizer_of
 from upcycle.trainers.checkpoints.read import SavedRun, open_checkpoint
 from upcycle.trainers.checkpoints.write import save
-from upcycle.trainers.data.batches import PackedBatch
 from upcycle.trainers.data.chat_templates import kept_template
 from upcycle.trainers.data.data_check import check_data
+from upcycle.trainers.data.packing import PackedBatch
 from upcycle.trainers.distillation.preference import check_preferences
 from upcycle.trainers.distributed.ranks import Ranks, first_rank, process_group
 from upcycle.trainers.distributed.signals import StopSignals

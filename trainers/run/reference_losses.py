@@ -11,7 +11,7 @@ import torch
 
 from upcycle.models.load import load_model
 from upcycle.trainers.checkpoints.prepare_model import check_parent, parent_folder
-from upcycle.trainers.data.batches import PackedBatch
+from upcycle.trainers.data.packing import PackedBatch
 from upcycle.trainers.distributed.ranks import Ranks
 from upcycle.trainers.recipe.data_recipe import DataRecipe
 from upcycle.trainers.run.validation import validate

@@ -27,8 +27,8 @@ from upcycle.files.records import RECIPE_FILE
 from upcycle.progress import Progress
 from upcycle.trainers.checkpoints.prepare_model import collect_small_files
 from upcycle.trainers.checkpoints.write import put_aside, remove_unfinished
-from upcycle.trainers.data.batches import PackedBatch
 from upcycle.trainers.data.chat_templates import CHAT_TEMPLATE_FILE
+from upcycle.trainers.data.packing import PackedBatch
 from upcycle.trainers.distributed.ranks import Ranks
 from upcycle.trainers.recipe.training_recipe import TrainRecipe
 from upcycle.trainers.run.run_start import faults_together

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from upcycle.errors import UsageError
-from upcycle.trainers.data.batches import PackedBatch
 from upcycle.trainers.data.packed_attention import packed_forward
+from upcycle.trainers.data.packing import PackedBatch
 from upcycle.trainers.distillation.expert_targets import expert_target_losses
 from upcycle.trainers.distillation.losses import (
     OutputRecord,

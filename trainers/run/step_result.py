@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from upcycle.trainers.data.batches import PackedBatch
+from upcycle.trainers.data.packing import PackedBatch
 from upcycle.trainers.distributed.ranks import Ranks
 from upcycle.trainers.distributed.reduction import counted
 from upcycle.trainers.routing.router_records import RouterRecord

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from upcycle.trainers.data.batches import PackedBatch
 from upcycle.trainers.data.packed_attention import packed_forward
+from upcycle.trainers.data.packing import PackedBatch
 from upcycle.trainers.distributed.ranks import Ranks
 from upcycle.trainers.losses.next_token import token_losses
 from upcycle.trainers.routing.router_control import RouterControl

@@ -41,7 +41,7 @@ _COLUMN = "--set calibration.column=NAME, --set calibration.target=NAME"  # a hi
 Item = str | ImageItem | SoundItem
 
 
-class Example(NamedTuple):
+class InputExample(NamedTuple):
     """Holds what a model reads at once: a text, image or sound, and the text that goes with it, if one does."""
 
     item: Item
@@ -58,8 +58,8 @@ class Example(NamedTuple):
 class ExampleParts(NamedTuple):
     """Holds the examples that are calibrated on (``read``), those that are not, and a description of the latter."""
 
-    read: list[Example]
-    held_out: list[Example]
+    read: list[InputExample]
+    held_out: list[InputExample]
     how: str
 
     @property
@@ -69,7 +69,7 @@ class ExampleParts(NamedTuple):
         return hashlib.sha256("\n".join(numbers).encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def divided_examples(examples: Sequence[Example], count: int, what: str) -> ExampleParts:
+def divided_examples(examples: Sequence[InputExample], count: int, what: str) -> ExampleParts:
     """Hold out about one example in eight, decided by its content alone, so that copies of one are on the same side.
 
     Args:
@@ -92,7 +92,7 @@ def divided_examples(examples: Sequence[Example], count: int, what: str) -> Exam
     return ExampleParts(read[:count], held, f"{len(held):,} of {len(examples):,} {what}")
 
 
-def find_examples(reads: str, wanted: CalibrationRecipe, most: int, media: int | None = None) -> list[Example]:
+def find_examples(reads: str, wanted: CalibrationRecipe, most: int, media: int | None = None) -> list[InputExample]:
     """Return up to ``most`` examples of every source that a recipe names, mixed evenly.
 
     Args:
@@ -110,7 +110,7 @@ def find_examples(reads: str, wanted: CalibrationRecipe, most: int, media: int |
     return [one for row in zip_longest(*found) for one in row if one is not None]
 
 
-def _of(name: str, reads: str, wanted: CalibrationRecipe, most: int) -> Iterator[Example]:
+def _of(name: str, reads: str, wanted: CalibrationRecipe, most: int) -> Iterator[InputExample]:
     path = user_path(name)
     if path.is_dir():
         yield from _in_folder(path, reads, most)
@@ -132,7 +132,7 @@ def _of(name: str, reads: str, wanted: CalibrationRecipe, most: int) -> Iterator
         )
 
 
-def _in_folder(folder: Path, reads: str, most: int) -> Iterator[Example]:
+def _in_folder(folder: Path, reads: str, most: int) -> Iterator[InputExample]:
     if reads == "pairs":
         raise UsageError(
             f"calibration: {folder} is a folder, and this model reads pairs of texts",
@@ -141,7 +141,7 @@ def _in_folder(folder: Path, reads: str, most: int) -> Iterator[Example]:
     if reads in ("images", "images and text", "images in text"):
         for image in evenly_spread(image_files(folder), most):
             assert image.path is not None
-            yield Example(image, _beside(image.path))
+            yield InputExample(image, _beside(image.path))
         return
     for sound in _spread(sound_files(folder), most):
         assert sound.path is not None
@@ -151,7 +151,7 @@ def _in_folder(folder: Path, reads: str, most: int) -> Iterator[Example]:
                 f"{sound.path}: there is no {sound.path.with_suffix('.txt').name} with what is said in it, which the decoder reads",
                 hint="put a text file of the same name beside every sound",
             )
-        yield Example(sound, text)
+        yield InputExample(sound, text)
 
 
 def _spread(items: list[SoundItem], count: int) -> list[SoundItem]:
@@ -164,7 +164,7 @@ def _beside(path: Path) -> str | None:
     return (read_text(str(beside)).strip() or None) if beside.is_file() else None
 
 
-def _pairs(path: Path, wanted: CalibrationRecipe) -> Iterator[Example]:
+def _pairs(path: Path, wanted: CalibrationRecipe) -> Iterator[InputExample]:
     """Yield the pairs of a file of rows; both columns are read in step, whatever the format."""
     if file_kind(path) == "text":
         raise UsageError(
@@ -180,25 +180,25 @@ def _pairs(path: Path, wanted: CalibrationRecipe) -> Iterator[Example]:
                     raise UsageError(found.message, hint=_COLUMN)
             source, target = map(str, pair)
             if source.strip() and target.strip():
-                yield Example(source, target)
+                yield InputExample(source, target)
 
 
-def _captions(path: Path, wanted: CalibrationRecipe) -> Iterator[Example]:
+def _captions(path: Path, wanted: CalibrationRecipe) -> Iterator[InputExample]:
     """Yield the lines of a text, or the rows of a file of rows: of both, those that are not empty."""
     if path.suffix.lower() in IMAGE_SUFFIXES:
         raise UsageError(f"{path} is one image", hint="name its folder")
     if file_kind(path) == "text":
-        yield from (Example(line.strip()) for line in read_text(str(path)).splitlines() if line.strip())
+        yield from (InputExample(line.strip()) for line in read_text(str(path)).splitlines() if line.strip())
         return
     for piece in find_pieces([str(path)], _WHOLE):
         for row in piece.records(Reading(wanted.column)):
             if isinstance(row, Broken):
                 raise UsageError(row.message, hint="--set calibration.column=NAME")
             if row.strip():
-                yield Example(row.strip())
+                yield InputExample(row.strip())
 
 
-def _from_row(row: Any, reads: str, wanted: CalibrationRecipe, where: str) -> Example:
+def _from_row(row: Any, reads: str, wanted: CalibrationRecipe, where: str) -> InputExample:
     column = _MEDIA.get(reads, wanted.column) if wanted.column == "text" else wanted.column
     target = wanted.target or _TARGETS.get(reads)
     text = None if target is None else _value(row, target, where)
@@ -216,7 +216,7 @@ def _from_row(row: Any, reads: str, wanted: CalibrationRecipe, where: str) -> Ex
         raise UsageError(
             f"{where}: column '{column}' holds {type(found).__name__}, not what the model reads", hint=_COLUMN
         )
-    return Example(item, text)
+    return InputExample(item, text)
 
 
 def _value(row: Any, column: str, where: str) -> Any:

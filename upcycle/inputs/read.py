@@ -12,7 +12,7 @@ import torch
 
 from upcycle.architectures.stock import build_config
 from upcycle.errors import UsageError
-from upcycle.inputs.examples import Example, ExampleParts, divided_examples, find_examples
+from upcycle.inputs.examples import ExampleParts, InputExample, divided_examples, find_examples
 from upcycle.inputs.reader import InputReader
 from upcycle.models.image_states import image_states
 
@@ -56,7 +56,7 @@ class FoundInputs(NamedTuple):
 class BatchPlan:
     """Says which examples are read together, and how many tokens they have in all."""
 
-    batches: list[tuple[list[Example], list[Example]]]
+    batches: list[tuple[list[InputExample], list[InputExample]]]
     tokens: int
 
 
@@ -93,8 +93,8 @@ def find_inputs(reads: str, wanted: CalibrationRecipe, path: Path, raw: Mapping[
             reader, _PLURAL.get(reads, "images"), divided_examples(found, count, _PLURAL.get(reads, "images"))
         )
     images = [one for one in found if not isinstance(one.item, str)]
-    texts = [Example(one.item) for one in found if isinstance(one.item, str)]
-    texts += [Example(one.text) for one in images if one.text]
+    texts = [InputExample(one.item) for one in found if isinstance(one.item, str)]
+    texts += [InputExample(one.text) for one in images if one.text]
     for held, what, how in (
         (images, "images", "add a folder of images: --calibration FOLDER,captions.txt"),
         (
@@ -134,7 +134,7 @@ def planned_batches(found: FoundInputs, tokens: int, most: int, least: int) -> B
     return BatchPlan(list(pairs), max(total, said))
 
 
-def _within(reader: InputReader, examples: Sequence[Example], tokens: int) -> tuple[list[Example], int]:
+def _within(reader: InputReader, examples: Sequence[InputExample], tokens: int) -> tuple[list[InputExample], int]:
     """Return the first examples that have so many tokens together, and how many they have."""
     taken, total = [], 0
     for one in examples:
@@ -145,7 +145,7 @@ def _within(reader: InputReader, examples: Sequence[Example], tokens: int) -> tu
     return taken, total
 
 
-def _grouped(reader: InputReader, examples: Sequence[Example], count: int) -> list[list[Example]]:
+def _grouped(reader: InputReader, examples: Sequence[InputExample], count: int) -> list[list[InputExample]]:
     """Return ``count`` groups of examples of about one length, in an order without a pattern: some groups are held out of fits."""
     ordered = sorted(examples, key=reader.length)
     cuts = [len(ordered) * i // count for i in range(count + 1)]
@@ -154,7 +154,7 @@ def _grouped(reader: InputReader, examples: Sequence[Example], count: int) -> li
     return [groups[i] for i in order]
 
 
-def alike(reader: InputReader, examples: Sequence[Example], most: int) -> list[Example]:
+def alike(reader: InputReader, examples: Sequence[InputExample], most: int) -> list[InputExample]:
     """Return at most ``most`` examples; where they differ in length, of the longer half, so that a cut to one length loses little."""
     ordered = sorted(examples, key=reader.length)
     if reader.length(ordered[0]) < reader.length(ordered[-1]):

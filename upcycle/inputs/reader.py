@@ -13,7 +13,7 @@ from upcycle.architectures.stock import load_feature_extractor, load_image_proce
 from upcycle.errors import CheckpointError
 from upcycle.images.files import ImageItem
 from upcycle.images.pixels import ImageReader
-from upcycle.inputs.examples import Example
+from upcycle.inputs.examples import InputExample
 from upcycle.inputs.sounds import SoundItem
 from upcycle.text.windows import Frame, encode, frame_of
 
@@ -92,7 +92,7 @@ class InputReader:
         row = self.ids(text)
         return row[1:] if int(row[0]) == self._start else row
 
-    def batch(self, examples: Sequence[Example], texts: Sequence[Example] = ()) -> InputBatch:
+    def batch(self, examples: Sequence[InputExample], texts: Sequence[InputExample] = ()) -> InputBatch:
         """Return the arguments for some examples; of a model of two towers, ``texts`` are what its other tower reads.
 
         Raises:
@@ -119,7 +119,7 @@ class InputReader:
                     return InputBatch(arguments)
                 return InputBatch({**arguments, "attention_mask": kept.long()}, {"text": kept})
 
-    def _media(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+    def _media(self, examples: Sequence[InputExample]) -> dict[str, torch.Tensor]:
         if self.alone:
             (one,) = examples
             return self._in_text(one)
@@ -129,7 +129,7 @@ class InputReader:
             else {"pixel_values": self.pixels(examples)}
         )
 
-    def _in_text(self, example: Example) -> dict[str, torch.Tensor]:
+    def _in_text(self, example: InputExample) -> dict[str, torch.Tensor]:
         """Return what the stock processor makes of an image and the text behind it."""
         if (made := self._made.get(example.number)) is not None:
             return made
@@ -161,11 +161,11 @@ class InputReader:
         lengths = torch.tensor([len(row) for row in rows])
         return ids, torch.arange(longest) < lengths[:, None]
 
-    def pixels(self, examples: Sequence[Example]) -> torch.Tensor:
+    def pixels(self, examples: Sequence[InputExample]) -> torch.Tensor:
         """Return fp32 pixels ``[N, C, H, W]``."""
         return self._images([one.item for one in examples if isinstance(one.item, ImageItem)])
 
-    def sounds(self, examples: Sequence[Example]) -> torch.Tensor:
+    def sounds(self, examples: Sequence[InputExample]) -> torch.Tensor:
         """Return fp32 features ``[N, M, T]``, or samples ``[N, T]``, of the same length: the shortest sound's or the window's."""
         read = [one.item.read(self.rate) for one in examples if isinstance(one.item, SoundItem)]
         if self._reads == "sounds":
@@ -183,7 +183,7 @@ class InputReader:
                 )
         return found
 
-    def tokens(self, example: Example) -> int:
+    def tokens(self, example: InputExample) -> int:
         """Return how many states an encoder makes of an example."""
         if isinstance(example.item, str):
             return self.length(example)
@@ -199,7 +199,7 @@ class InputReader:
     def _hop(self) -> int:
         return int(torch.tensor(self._config.conv_stride).prod())
 
-    def length(self, example: Example) -> int:
+    def length(self, example: InputExample) -> int:
         """Return how long an example is, so that those of one length come into one batch."""
         if isinstance(example.item, str):
             return len(self.ids(example.item))

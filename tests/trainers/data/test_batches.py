@@ -17,7 +17,8 @@ import torch
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.errors import UsageError
 from upcycle.recipe.conversion_recipe import parse_parameters
-from upcycle.trainers.data.batches import PackedBatch, TokenStream, open_stream, open_validation
+from upcycle.trainers.data.batches import TokenStream, open_stream, open_validation
+from upcycle.trainers.data.packing import PackedBatch
 from upcycle.trainers.recipe.data_recipe import DataRecipe
 
 LENGTH = 32

@@ -13,8 +13,9 @@ from training_runs import write_text
 
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.errors import UsageError
-from upcycle.trainers.data.batches import PackedBatch, open_stream, open_validation
+from upcycle.trainers.data.batches import open_stream, open_validation
 from upcycle.trainers.data.masking import Masker
+from upcycle.trainers.data.packing import PackedBatch
 from upcycle.trainers.recipe.data_recipe import DataRecipe, MaskingRecipe
 
 LENGTH, MASK = 64, SPECIAL.index("[MASK]")

@@ -13,9 +13,8 @@ from wrapped_models import SMALL, small_model, wrapped
 
 from upcycle.errors import UsageError
 from upcycle.registry import TARGETS
-from upcycle.trainers.data.batches import PackedBatch
 from upcycle.trainers.data.packed_attention import check_fits, packed_forward, packing_leak
-from upcycle.trainers.data.packing import layout
+from upcycle.trainers.data.packing import PackedBatch, layout
 
 pytestmark = pytest.mark.one_in(5)  # the other cases are long
 

@@ -16,7 +16,7 @@ pytest.importorskip("deepspeed")
 
 import upcycle
 from upcycle.errors import CheckpointError, UsageError
-from upcycle.trainers.data.batches import PackedBatch
+from upcycle.trainers.data.packing import PackedBatch
 from upcycle.trainers.distillation.logit_cache import LogitCache, joined_rows, parent_identity, prepare_cache
 from upcycle.trainers.distillation.truncated_logits import TopLogits
 from upcycle.trainers.recipe.training_recipe import TrainRecipe

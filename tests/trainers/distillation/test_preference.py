@@ -18,8 +18,9 @@ from training_runs import recipe_for, run, steps
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.errors import UsageError
 from upcycle.files.locate import DEMO_FOLDER
-from upcycle.trainers.data.batches import PackedBatch, open_stream, open_validation
+from upcycle.trainers.data.batches import open_stream, open_validation
 from upcycle.trainers.data.data_check import check_data
+from upcycle.trainers.data.packing import PackedBatch
 from upcycle.trainers.distillation.preference import pairs_in, preference_losses
 from upcycle.trainers.recipe.data_recipe import DataRecipe
 

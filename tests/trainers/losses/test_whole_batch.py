@@ -13,8 +13,7 @@ import torch
 from divided_steps import Engine, divided_step, far
 from training_runs import recipe_for
 
-from upcycle.trainers.data.batches import PackedBatch
-from upcycle.trainers.data.packing import layout
+from upcycle.trainers.data.packing import PackedBatch, layout
 from upcycle.trainers.forecast.communication import forecast_communication
 from upcycle.trainers.forecast.model_counts import ModelCounts, count_model
 from upcycle.trainers.forecast.speed import flops_per_token

@@ -17,8 +17,8 @@ from upcycle.architectures.stock import load_stock_model
 from upcycle.errors import UsageError
 from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.trainers.checkpoints.read import latest
-from upcycle.trainers.data.batches import PackedBatch
 from upcycle.trainers.data.packed_attention import packed_forward, packing_leak
+from upcycle.trainers.data.packing import PackedBatch
 from upcycle.trainers.routing.stock_routers import moe_layers
 
 pytestmark = pytest.mark.one_in(12)  # the other cases are long

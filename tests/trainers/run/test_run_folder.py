@@ -12,7 +12,7 @@ import torch
 from training_runs import recipe_for, run
 
 from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
-from upcycle.trainers.data.batches import PackedBatch
+from upcycle.trainers.data.packing import PackedBatch
 from upcycle.trainers.distributed.ranks import Ranks
 from upcycle.trainers.run.run_folder import check_run_folder, locked, save_batches
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 from training_runs import recipe_for, run
 
-from upcycle.trainers.data.batches import PackedBatch
-from upcycle.trainers.data.packing import layout
+from upcycle.trainers.data.packing import PackedBatch, layout
 from upcycle.trainers.distributed.ranks import Ranks
 from upcycle.trainers.losses.next_token import next_token_losses
 from upcycle.trainers.recipe.part_recipes import ControlParameters

@@ -16,7 +16,7 @@ from upcycle.architectures.stock_auto import is_encoder, reads_of
 from upcycle.errors import UsageError
 from upcycle.evaluation.encoders.embeddings import EmbeddingResult, compared
 from upcycle.files.locate import locate
-from upcycle.inputs.examples import Example, find_examples
+from upcycle.inputs.examples import InputExample, find_examples
 from upcycle.inputs.reader import InputReader
 from upcycle.models.experts import use_experts
 from upcycle.models.model_inputs import states_model
@@ -28,7 +28,7 @@ from upcycle.trainers.routing.router_load import LayerLoad, layer_load, load_cou
 _BATCH = 8
 _TOKENS, _EXAMPLES = 65_536, 400  # at most, where the user gives no number
 _NO_TARGET = -100
-NEAREST = (1, 5, 10)
+RANKS = (1, 5, 10)
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def _losses(
     loaded: Any,
     other: Any,
     reader: InputReader,
-    found: Mapping[str, Sequence[Example]],
+    found: Mapping[str, Sequence[InputExample]],
     remarks: Mapping[str, str],
     tokens: int,
     progress: Progress,
@@ -162,7 +162,7 @@ def _losses(
 
 
 def decoder_loss(
-    model: Any, reader: InputReader, examples: Sequence[Example], tokens: int, progress: Progress, title: str
+    model: Any, reader: InputReader, examples: Sequence[InputExample], tokens: int, progress: Progress, title: str
 ) -> tuple[float, int]:
     """Return the mean of ``-log p`` of every token that a decoder writes, in nats, and their number.
 
@@ -194,7 +194,7 @@ def decoder_loss(
 
 
 def _sounds(
-    loaded: Any, other: Any, reader: InputReader, examples: Sequence[Example], model: str, progress: Progress
+    loaded: Any, other: Any, reader: InputReader, examples: Sequence[InputExample], model: str, progress: Progress
 ) -> TwoInputScores:
     if other is None:
         raise UsageError(
@@ -221,7 +221,7 @@ def _sounds(
 
 
 def _towers(
-    loaded: Any, other: Any, reader: InputReader, examples: Sequence[Example], progress: Progress
+    loaded: Any, other: Any, reader: InputReader, examples: Sequence[InputExample], progress: Progress
 ) -> TwoInputScores:
     pairs = [one for one in examples if not isinstance(one.item, str) and one.text]
     if len(pairs) < 3:
@@ -235,7 +235,7 @@ def _towers(
         with progress.phase("embedding images and captions", len(pairs)), torch.no_grad():
             for first in range(0, len(pairs), _BATCH):
                 some = pairs[first : first + _BATCH]
-                made = model(**reader.batch(some, [Example(one.text or "") for one in some]).arguments)
+                made = model(**reader.batch(some, [InputExample(one.text or "") for one in some]).arguments)
                 images.append(made.image_embeds)
                 texts.append(made.text_embeds)
                 progress.advance(len(some))
@@ -269,7 +269,7 @@ def retrieval(
     numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
     kinds = torch.tensor([numbers[caption] for caption in captions])
     same = kinds[:, None] == kinds
-    nearest = [k for k in NEAREST if k < len(captions)]
+    nearest = [k for k in RANKS if k < len(captions)]
     shares: list[list[float]] = []
     for each in (scores, scores.T):
         own = each.masked_fill(~same, -torch.inf).amax(1, keepdim=True)

@@ -21,7 +21,7 @@ ONE_LINE = ("methods", "routers", "rules", "losses")  # whose modules begin with
 @click.option("--markdown", "as_markdown", is_flag=True, help="print one of them as a Markdown table")
 @common_options
 def command(kind: str | None, name: str | None, as_markdown: bool, as_json: bool, debug: bool) -> None:
-    """List the methods, routers, routing rules, families, targets, losses or recipes that there are, or all of these; or what is known of one NAME.
+    """List the methods, routers, routing rules, families, targets, losses or recipes that there are, or all; or show one NAME.
 
     \b
     upcycle list
