@@ -18,8 +18,9 @@ from upcycle.images.files import ImageItem, evenly_spread, image_files
 from upcycle.inputs.sounds import SoundItem, held_sound, sound_files
 from upcycle.text.held_out import HELD_OUT_DOCUMENTS
 from upcycle.text.hub_dataset import hub_rows, is_dataset
-from upcycle.text.reading.columns import Broken
-from upcycle.text.reading.documents import Reading, find_pieces
+from upcycle.text.reading.columns import Reading
+from upcycle.text.reading.conversations import Broken
+from upcycle.text.reading.documents import find_pieces
 from upcycle.text.reading.file_kinds import file_kind
 from upcycle.text.reading.plain_text import read_text
 
@@ -193,7 +194,9 @@ def _captions(path: Path, wanted: CalibrationRecipe) -> Iterator[InputExample]:
     for piece in find_pieces([str(path)], _WHOLE):
         for row in piece.records(Reading(wanted.column)):
             if isinstance(row, Broken):
-                raise UsageError(row.message, hint="--set calibration.column=NAME")
+                raise UsageError(row.message, hint=_COLUMN)
+            if not isinstance(row, str):
+                raise UsageError(f"{path}: column '{wanted.column}' holds conversations, not captions", hint=_COLUMN)
             if row.strip():
                 yield InputExample(row.strip())
 
