@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,11 @@ class PackedBatch:
     def flat(self) -> PackedBatch:
         """The same documents in one long row ``[1, B L]``, with the same losses: flash attention needs this."""
         return self.changed(lambda part: part.reshape(1, -1))
+
+    def masked(self, masker: Masker, rows: Sequence[object]) -> PackedBatch:
+        """The same batch for a masked language model; ``rows`` are what each row's choice depends on beside the seed."""
+        given, chosen = masker(self.ids, self.real, rows)
+        return replace(self, mask=chosen, given=given, text=self.real)
 
     def changed(self, how: Callable[[torch.Tensor], torch.Tensor]) -> PackedBatch:
         """The same batch, with something done to each of its tensors."""
@@ -134,7 +139,7 @@ class TokenStream:
         first = self._row + len(before)
         self._row += len(drawn)
         batch = make_batch([rows[place] for place in range(len(mine))], [names[number] for number in mine])
-        return self._masker(batch, range(first, first + len(mine))) if self._masker else batch
+        return batch.masked(self._masker, range(first, first + len(mine))) if self._masker else batch
 
     def state(self) -> dict[str, Any]:
         """The position in the global stream, as JSON; the same on every rank."""
@@ -288,7 +293,7 @@ def open_validation(
             part = rows[at : at + size]
             batch = make_batch(part, [domain.name] * len(part))
             keys = [("validation", domain.name, at + row) for row in range(len(part))]
-            found[domain.name].append(masker(batch, keys) if masker else batch)
+            found[domain.name].append(batch.masked(masker, keys) if masker else batch)
     return found
 
 
