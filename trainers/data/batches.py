@@ -92,7 +92,7 @@ class TokenStream:
         self._row += len(drawn)
         batch = make_batch([rows[place] for place in range(len(mine))], [names[number] for number in mine])
         if self._masker:
-            return self._masker(batch, range(first, first + len(mine)))
+            return batch.masked(self._masker, range(first, first + len(mine)))
         return compared_batch(batch, [name in self._preferences for name in batch.domains])
 
     def state(self) -> dict[str, Any]:
@@ -248,7 +248,7 @@ def open_validation(
             part = rows[at : at + size]
             batch = make_batch(part, [domain.name] * len(part))
             keys = [("validation", domain.name, at + row) for row in range(len(part))]
-            batches.append(masker(batch, keys) if masker else batch)
+            batches.append(batch.masked(masker, keys) if masker else batch)
         found[domain.name] = [better_answers(batch) if corpus.kind == "preferences" else batch for batch in batches]
     return found
 

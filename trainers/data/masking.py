@@ -7,7 +7,6 @@ ranks and passes, nor on whether the run was stopped and continued. A row that i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ import torch
 from upcycle.errors import UsageError
 from upcycle.text.windows import Frame, frame_of
 from upcycle.trainers.data.keyed_random import random_words, uniform
-from upcycle.trainers.data.packing import PackedBatch
 from upcycle.trainers.recipe.data_recipe import MaskingRecipe
 
 
@@ -48,18 +46,20 @@ class Masker:
         self._special = torch.tensor(sorted(special))
         self._others = np.array([i for i in range(len(tokenizer)) if i not in special], np.int64)
 
-    def __call__(self, batch: PackedBatch, rows: Sequence[object]) -> PackedBatch:
-        """Return a batch with tokens masked: ``given`` is what the model reads, ``mask`` says what it is to predict.
+    def __call__(
+        self, ids: torch.Tensor, real: torch.Tensor, rows: Sequence[object]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what a model reads, int64 ``[B, L]``, and which tokens it is to predict, bool ``[B, L]``.
 
         Args:
-            batch: plain rows.
+            ids: of plain rows, int64 ``[B, L]``.
+            real: which tokens are no padding, bool ``[B, L]``.
             rows: for each, what its choice depends on beside the seed.
         """
-        count = batch.ids.shape[1]
-        real = batch.real
-        may = real & ~torch.isin(batch.ids, self._special)
+        count = ids.shape[1]
+        may = real & ~torch.isin(ids, self._special)
         may[:, 0] = False  # losses are those of positions 1 and on
-        chosen, given = torch.zeros_like(may), batch.ids.clone()
+        chosen, given = torch.zeros_like(may), ids.clone()
         for place, row in enumerate(rows):
             key = ("masked tokens", self._seed, row)
             order = uniform(count, *key, "order")
@@ -72,4 +72,4 @@ class Masker:
             given[place, masked] = self._mask
             drawn = (kind >= self._recipe.masked) & (kind < self._recipe.masked + self._recipe.random)
             given[place, picked[drawn]] = torch.from_numpy(others[drawn])
-        return replace(batch, mask=chosen, given=given, unpadded=real)
+        return given, chosen

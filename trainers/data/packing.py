@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from upcycle.trainers.data.masking import Masker
 from upcycle.trainers.recipe.data_recipe import Packing
 
 Int64 = NDArray[np.int64]
@@ -152,6 +153,11 @@ class PackedBatch:
             name: change(part) for name, part in vars(self).items() if isinstance(part, torch.Tensor)
         }
         return replace(self, **parts)
+
+    def masked(self, masker: Masker, rows: Sequence[object]) -> PackedBatch:
+        """The same batch for a masked language model; ``rows`` are what each row's choice depends on beside the seed."""
+        given, chosen = masker(self.ids, self.real, rows)
+        return replace(self, mask=chosen, given=given, unpadded=self.real)
 
     def flat(self) -> PackedBatch:
         """The same documents in one long row ``[1, B L]``, with the same losses: flash attention needs this."""

@@ -326,7 +326,7 @@ def calibration_memory(job: ExpertJob) -> int:
     neurons = 0 if job.members else (job.shape.experts + job.shape.shared) * job.shape.expert_size
     batch = CALIBRATION_BATCH_TOKENS * (6 * d + 4 * max(width, neurons))
     kept = 0 if job.members else min(MOST_CACHE_BYTES // 4, job.recipe.calibration.tokens * (width + d))
-    # fp64: the sums over fitted and over held-out tokens, their total, and the solver's copy, factor and products.
+    # fp64: sums over fitted and over held-out tokens, their total, and the solver's copy, factor and products.
     fit = 12 * neurons * (neurons + d) if job.refit in ("down", "blocks") else 2 * neurons * d
     # fp32: gate, up and down, their gradients and two moments each; what a step keeps of its batch, a few values per neuron.
     trained = (12 * d + 8 * job.recipe.reconstruction.batch) * neurons if job.refit == "blocks" else 0
@@ -335,11 +335,9 @@ def calibration_memory(job: ExpertJob) -> int:
         # Two FFNs as stored and their gate and up in fp32, a second batch, the similarities, and their negatives in fp64.
         compared = 2 * (3 * TensorSpec((1,), job.dtype).nbytes + 2 * 4) * width * d
         compared += 4 * CALIBRATION_BATCH_TOKENS * (width + d) + (4 + 8) * width * width
-    # Passes that pause keep their states: of both streams, what a layer reads, gives and adds, and what its FFN reads and makes.
-    held = 8 * job.recipe.calibration.tokens * d if job.family.pauses else 0
     return (
         RESIDENT_BYTES
-        + 4 * (2 * weights + batch + kept + held)
+        + 4 * (2 * weights + batch + kept + 8 * job.recipe.calibration.tokens * d * job.family.pauses)
         + max(8 * fit, 4 * trained, imitation_memory(job.projections, job.recipe))
         + compared
         + min(REUSED_BYTES, 4 * kept)

@@ -28,7 +28,7 @@ from upcycle.trainers.routing.router_load import LayerLoad, layer_load, load_cou
 _BATCH = 8
 _TOKENS, _EXAMPLES = 65_536, 400  # at most, where the user gives no number
 _NO_TARGET = -100
-RANKS = (1, 5, 10)
+RECALLS = (1, 5, 10)
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,7 @@ def retrieval(
     numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
     kinds = torch.tensor([numbers[caption] for caption in captions])
     same = kinds[:, None] == kinds
-    nearest = [k for k in RANKS if k < len(captions)]
+    nearest = [k for k in RECALLS if k < len(captions)]
     shares: list[list[float]] = []
     for each in (scores, scores.T):
         own = each.masked_fill(~same, -torch.inf).amax(1, keepdim=True)
