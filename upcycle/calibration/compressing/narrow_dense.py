@@ -31,7 +31,7 @@ from upcycle.ffn.ridge_sums import RidgeSums
 from upcycle.files.atomic_files import write_whole
 from upcycle.files.output.workspace import LAYER_BLUEPRINTS
 from upcycle.methods.compressing.inside.heads import pair_scores, value_directions
-from upcycle.methods.compressing.inside.leverage import nystrom_down
+from upcycle.methods.compressing.leverage import nystrom_down
 from upcycle.models.stock_layers import compute_buffers, compute_layer_buffers, layers_of
 from upcycle.progress import Progress
 

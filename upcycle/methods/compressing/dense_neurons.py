@@ -12,7 +12,7 @@ import torch
 
 from upcycle.architectures.expert_terms import SHARED_FFN
 from upcycle.ffn.neurons import activation_function
-from upcycle.methods.compressing.inside.leverage import least_missed, regularized
+from upcycle.methods.compressing.leverage import least_missed, regularized
 
 if TYPE_CHECKING:
     from upcycle.methods.compressing.layer_source import LayerSource
@@ -40,7 +40,7 @@ def fitted_neurons(
     """Return the neurons that are left when those go, in rounds, without which a fit of the others misses least of the output.
 
     All candidates run on all sampled tokens, as in a dense FFN; down projections are fitted to what the MoE put out there; and then
-    neurons go as in :func:`~upcycle.methods.compressing.inside.leverage.least_missed`. Candidates are those of the largest scores,
+    neurons go as in :func:`~upcycle.methods.compressing.leverage.least_missed`. Candidates are those of the largest scores,
     where there are more than ``most``.
 
     Args:

@@ -8,7 +8,7 @@ import torch
 from scipy.linalg import sqrtm
 
 from upcycle.methods.compressing.inside.heads import pair_scores, value_directions
-from upcycle.methods.compressing.inside.leverage import least_missed, nystrom_down, ridge_leverage
+from upcycle.methods.compressing.leverage import least_missed, nystrom_down, ridge_leverage
 
 # A few hundred products of fp64 numbers, and inverses of matrices of condition numbers below 1e4.
 SAME = 1e-9

@@ -55,7 +55,7 @@ class ModeGpt(Growth):
     after layer: the paper has no such step.
 
     Leverage does not see what the down projection makes of a neuron. ``score=missed`` (ours) does, and is what is used unless asked
-    otherwise: see :func:`~upcycle.methods.compressing.inside.leverage.least_missed`.
+    otherwise: see :func:`~upcycle.methods.compressing.leverage.least_missed`.
 
     Further deviations, for the sake of a stock model:
 
@@ -129,7 +129,7 @@ class ModeGpt(Growth):
             down: ``[d, F]``.
             count: how many stay.
         """
-        from upcycle.methods.compressing.inside.leverage import least_missed, ridge_leverage
+        from upcycle.methods.compressing.leverage import least_missed, ridge_leverage
 
         if self.parameters.score == "missed":
             return least_missed(gram, down, count, self.parameters.ridge)

@@ -11,9 +11,9 @@ from upcycle.architectures.expert_terms import LayerCut
 from upcycle.architectures.stored_moe import MoeModel
 from upcycle.errors import UsageError
 from upcycle.methods.compressing.base import WRAPPED, Compression, CutSizes, stepped, wraps
-from upcycle.methods.compressing.inside.leverage import ridge_leverage
 from upcycle.methods.compressing.inside.widths import check_width_alone, of_neurons
 from upcycle.methods.compressing.layer_source import LayerSource
+from upcycle.methods.compressing.leverage import ridge_leverage
 from upcycle.plugins import PluginParameters
 from upcycle.recipe.conversion_recipe import Recipe
 
