@@ -15,7 +15,7 @@ from upcycle.errors import UsageError
 from upcycle.methods.compressing.base import WRAPPED, Compression, CutSizes, wraps
 from upcycle.methods.compressing.described_cuts import Cut
 from upcycle.methods.compressing.layer_source import LayerSource, ModelSource
-from upcycle.methods.compressing.observations import LayerObservations
+from upcycle.methods.compressing.observed_layer import LayerObservations
 from upcycle.models.own.routing.base import RouterRule
 from upcycle.models.own.routing.skip import SkipRule
 from upcycle.plugins import PluginParameters
