@@ -174,7 +174,7 @@ def prepared(folder: Path, title: str) -> None:
         return
     for number, (name, text) in enumerate((("prose", "prose"), ("code", "code"), ("docs", "prose"))):
         data = folder / f"{name}.jsonl"
-        rows(data, read_text(text)[number * 30_000 : (number + 1) * 30_000])
+        rows(data, read_text(text)[number * 20_000 : (number + 1) * 20_000])
         stages = [{"steps": 2, "learning_rate": 3e-4}]
         keys = {"model": "demo", "output": str(folder / f"{name}-run"), "data": str(data), "length": 64}
         upcycle.train({**keys, "global_batch": 2, "micro_batch": 2, "stages": stages})
