@@ -10,18 +10,21 @@ one wrote.
 The rival is REAP as published: its score, no refit. Passes where the best of upcycle's loses at most half as much as REAP in log
 perplexity (calibrated kinds, and news) and in agreement.
 
+It takes an hour and a half on two cores; with ``--rows FILE``, the same command goes on where it was stopped.
+
     python -P tests/benchmarks/compressing/compress_quality.py --out docs/measured/compress_small_moe.md
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 
@@ -166,6 +169,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=32768, help="calibration tokens")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--rows", type=Path, help="rows are added to this file, and those in it are not measured again")
     options = parser.parse_args()
     model = options.model or small_moe(options.train_tokens)
     calibration, _ = texts()
@@ -173,6 +177,8 @@ def main() -> int:
     dense, said = perplexities(model, evaluation), written(model, evaluation)[0]
     print("uncut:", ", ".join(f"{name} {value:.2f}" for name, value in dense.items()), flush=True)
     results = []
+    kept = options.rows.read_text(encoding="utf-8").splitlines() if options.rows and options.rows.is_file() else []
+    known = {(one.method, one.refit, one.keep): one for one in (Result(**json.loads(line)) for line in kept)}
     with tempfile.TemporaryDirectory() as folder:
         seen, text = Path(folder) / "seen.safetensors", ",".join(map(str, calibration))
         started = time.monotonic()
@@ -181,6 +187,9 @@ def main() -> int:
         for keep in KEPT:
             for method in options.methods:
                 for refit in ("none", "down", *(("blocks",) if method in TRAINED else ())):
+                    if (one := known.get((method, refit, keep))) is not None:
+                        results.append(one)
+                        continue
                     out = Path(folder) / "out"
                     made = upcycle.convert(
                         str(model),
@@ -196,6 +205,9 @@ def main() -> int:
                     numbers = measured(out, dense, said, evaluation)
                     results.append(Result(method, refit, keep, *numbers, made.seconds, made.plan.bytes_output))
                     print(table(results[-1:]).splitlines()[-1], flush=True)
+                    if options.rows:
+                        with options.rows.open("a", encoding="utf-8") as file:
+                            file.write(json.dumps(asdict(results[-1])) + "\n")
     page = table(results)
     print(page)
     code = (
