@@ -127,7 +127,7 @@ def bigger_model(journey: Journey) -> None:
     journey.first("upcycle")
     journey.named(r"^upcycle init\b", answers=["demo", "capacity", TEXT, "y", "transformers"])
     journey.named(r"^upcycle convert ", OUT="moe")
-    journey.named(r"^upcycle train upcycle_cpt --model OUT ", OUT="moe", RUN="run", **{TEXT: f"{TEXT} {FEW}"})
+    journey.named(r"^upcycle train upcycle_cpt --model OUT ", OUT="moe", RUN="run", **{TEXT: f"{TEXT} {FEW_STEPS}"})
     journey.named(r"^upcycle evaluate \S*run")
     journey.named(r"^upcycle report \S*run")
     journey.named(r"^upcycle push .*--dry-run", YOU__NAME="alice/moe")
@@ -146,6 +146,7 @@ def three_fine_tunes(journey: Journey) -> None:
 
 
 FEW = "--set stages.0.tokens=2048 --set stages.0.schedule.warmup=1 --set length=128 --set global_batch=4 --set micro_batch=4"
+FEW_STEPS = "--set stages.0.tokens=8192 --set stages.0.preset.warmup=1 --set global_batch=4 --set dtype=float32"
 JOURNEYS = {
     "A faster model": faster_model,
     "A bigger model from mine": bigger_model,

@@ -120,6 +120,7 @@ def commands(answers: Answers, recipe: str, context: int | None = None) -> list[
             "length"
         ]
         shorter = f" --set length={context}" if context and context < rows else ""
+        found.append(f"upcycle plan train {with_what} --model OUT")  # hours, and memory, before they are spent
         found.append(f"upcycle train {with_what} --model OUT --output RUN --set data={data}{shorter}")
         model = "RUN/model"  # which a run writes at its end
     found.append(f"upcycle report {model}")
