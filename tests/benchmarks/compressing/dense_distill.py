@@ -209,6 +209,9 @@ def main() -> int:
 def page(made: str, tokens: int, rate: float, results: Sequence[Result]) -> str:
     """The page of the documentation."""
     rows = verdicts(results)
+    widths = sorted({one.way.width for one in results}, reverse=True)
+    flags = "" if widths == [WIDE, NARROW] else f" --widths {' '.join(map(str, widths))}"
+    flags += "" if any(not one.way.rival and not one.way.name.startswith("ours") for one in results) else " --rivals"
     met = sum(row.passed is True for row in rows)
     return f"""# A MoE back to dense
 
@@ -222,7 +225,7 @@ In bold: the rivals, which plain pruning makes of the same MoE, without a refit:
 score (`gather=neurons`). The MoE was never a dense model that could be pruned in its place. The demo model is the one that the MoE was
 grown out of. {met} of {len(rows)} comparisons of ours with a rival are won after training.
 
-    python -P tests/benchmarks/compressing/dense_distill.py --tokens {tokens} --out docs/measured/to_dense.md
+    python -P tests/benchmarks/compressing/dense_distill.py --tokens {tokens}{flags} --out docs/measured/to_dense.md
 """
 
 
