@@ -26,6 +26,7 @@ VERBS = {
     "unpack": "compressing.unpack",
     "train": "train",
     "export": "export",
+    "merge": "adapting.merge",
     "generate": "generate",
     "chat": "chat",
     "report": "report",
