@@ -167,7 +167,7 @@ def _config(model: str) -> tuple[Path, dict[str, Any]]:
 def _counts(
     recipe: TrainRecipe, stage: StageRecipe, folder: Path, raw: dict[str, Any], device: str
 ) -> tuple[ModelCounts, ModelCounts | None]:
-    student = count_model(raw, str(folder), recipe.length, stage.train, recipe.experts, device)
+    student = count_model(raw, str(folder), recipe.length, stage.train, recipe.experts, device, recipe.adapter)
     if stage.distillation is None:
         return student, None
     parent = parent_folder(stage.distillation.parent, folder)
@@ -195,6 +195,8 @@ def _check_own(recipe: TrainRecipe, counts: ModelCounts, world: int) -> None:
 
 def _undividable(recipe: TrainRecipe) -> str:
     """Why the stages of a recipe do not allow experts to be divided; empty if they do."""
+    if recipe.adapter:
+        return "an adapter's pairs are added to whole experts"
     for stage in recipe.stages:
         if stage.control != ControlParameters():
             return f"stage '{stage.name}' has control, which needs stock routers"
@@ -230,7 +232,7 @@ def _pairs(recipe: TrainRecipe, counts: ModelCounts, world: int) -> Iterator[tup
             continue
         if stage != 3 and recipe.zero.offload_weights:
             continue
-        if stage == 3 and any(map(_needs_every_expert, recipe.stages)):
+        if stage == 3 and (recipe.adapter or any(map(_needs_every_expert, recipe.stages))):
             continue
         yield stage, 1
         divisible = stage == 3 or all(map(_trains_experts, recipe.stages))

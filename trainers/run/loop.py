@@ -336,7 +336,7 @@ class _Run:
 
     def _check_room(self, index: int, stage: Stage, done: int) -> list[str]:
         saves = -(-(stage.steps - done) // self.recipe.saving.every)
-        exports = self.recipe.saving.export and index + 1 == len(self.recipe.stages)
+        exports = self.recipe.saving.export and index + 1 == len(self.recipe.stages) and self.recipe.adapter is None
         size = sum(spec.nbytes for spec in SafetensorsFolder(self.origin).specs.values()) if exports else 0
         warning = check_room(self.folder, stage.tensors, saves, self.recipe.saving.keep, size, self.ranks)
         return [warning] if warning else []

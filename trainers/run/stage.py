@@ -10,11 +10,14 @@ from typing import Any
 
 import torch
 
+from upcycle.adapters.live import adapter_of
 from upcycle.errors import UpcycleError, UsageError
 from upcycle.files.user_paths import user_path
 from upcycle.models.load import load_model
 from upcycle.models.own.factored_experts import FactoredExperts
 from upcycle.models.own.moe_block import PackedExperts
+from upcycle.trainers.adapting.peft_folder import description
+from upcycle.trainers.adapting.targets import add_adapter
 from upcycle.trainers.checkpoints.dense_states import DenseStates
 from upcycle.trainers.checkpoints.prepare_model import check_parent, parent_folder, prepare_model
 from upcycle.trainers.checkpoints.read import SavedRun
@@ -70,12 +73,19 @@ class Stage:
         self.rates, self.schedule = recipe.rate_and_schedule(stage_recipe)
         # Into the host's memory: DeepSpeed moves to the device what each rank keeps. A checkpoint's fp32 weights follow below.
         dtype = getattr(torch, recipe.dtype)
-        self.model = load_model(saved.folder if saved else origin, dtype, experts=recipe.experts, training=True)
+        # The checkpoints of an adapter hold it alone.
+        folder = saved.folder if saved and recipe.adapter is None else origin
+        self.model = load_model(folder, dtype, experts=recipe.experts, training=True)
         check_fits(self.model.config, tokenizer, recipe.length)
         leak = packing_leak(self.model.config, recipe.micro_batch)
         checkpointing = recipe.activation_checkpointing
         prepare_model(self.model, checkpointing=checkpointing, activation=stage_recipe.activation, where=recipe.model)
         self.stepper = Stepper(self.model, stage_recipe, ranks, self._parent(origin, ranks), recipe.clip)
+        if recipe.adapter is not None:
+            add_adapter(self.model, recipe.adapter, recipe.seed)
+            held = adapter_of(self.model)
+            if saved and held:
+                saved.load_into({name: self.model.get_parameter(name) for name in held.names})
         divided = recipe.expert_parallel > 1
         if divided and stage_recipe.control != ControlParameters():
             raise UsageError(
@@ -149,8 +159,9 @@ class Stage:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must keep of losses, balance and data, as JSON."""
-        balance = self.stepper.balance
+        balance, adapter = self.stepper.balance, self.recipe.adapter
         return {
+            **({"adapter": description(self.model, adapter, self.recipe.model)} if adapter else {}),
             "losses": {loss.name: loss.state() for loss in self.stepper.losses},
             "balance": balance.state() if balance else None,
             "data": self.stream.state(),

@@ -101,6 +101,12 @@ def attach(model: nn.Module, pairs: Mapping[str, LowRankPair], whole: Iterable[s
     return held
 
 
+def adapter_of(model: nn.Module) -> Adapter | None:
+    """Return the adapter that :func:`attach` gave a model; None: it has none."""
+    held = model._modules.get(ADAPTER)
+    return held if isinstance(held, Adapter) else None
+
+
 def parameter_of(name: str) -> str | None:
     """Return the parameter that the pair is added to of which ``name`` is a matrix; None: it is none of a pair."""
     first, _, rest = name.partition(".")
