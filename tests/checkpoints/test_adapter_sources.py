@@ -13,7 +13,7 @@ import upcycle
 from upcycle.conversion.merge_adapter import merge
 from upcycle.conversion.verify import verify
 from upcycle.errors import UsageError
-from upcycle.files.locate_adapted import divided
+from upcycle.files.locate_adapted import model_and_adapter
 
 Maker = Callable[[str], Path]
 FFN = ["q_proj", "up_proj", "down_proj"]
@@ -77,6 +77,6 @@ def test_what_is_converted_alone_must_be_whole(folders: dict[str, Path], tmp_pat
             upcycle.convert(source, tmp_path / "out", experts=4)
         assert "upcycle merge" in str(caught.value.hint)
     with pytest.raises(UsageError, match="several adapters"):
-        divided("a+b+c")
+        model_and_adapter("a+b+c")
     with pytest.raises(UsageError, match="is no LoRA adapter"):
         mixed(tmp_path / "out", [f"{folders['base']}+{folders['base']}", str(folders["base"])])

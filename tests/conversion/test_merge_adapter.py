@@ -13,10 +13,13 @@ import torch
 from lora_folders import change_settings, change_tensors, logits, relative, stock, unmerged, write_lora
 from safetensors.torch import load_file
 
+import upcycle
 from upcycle.adapters import adapted_store
 from upcycle.conversion import merge_adapter
 from upcycle.conversion.merge_adapter import merge
+from upcycle.conversion.verify import verify
 from upcycle.errors import CheckpointError, RefusalError, UpcycleError, UsageError, VerificationError
+from upcycle.publishing.model_card import make_card
 
 Maker = Callable[[str], Path]
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -73,6 +76,26 @@ def test_a_moe(name: str, settings: dict[str, Any], pico_moe: Maker, tmp_path: P
     assert relative(logits(stock(base)), wanted) > 0.1
     assert relative(logits(stock(tmp_path / "out")), wanted) < 1e-5
     assert load_file(base / "model.safetensors").keys() == load_file(tmp_path / "out" / "model.safetensors").keys()
+
+
+def test_conv1d_and_the_packed_experts_of_upcycle_moe(dense_maker: Any, tmp_path: Path) -> None:
+    """GPT-2 stores its matrices ``[in, out]``."""
+    dense = dense_maker(tmp_path / "gpt2", "gpt2")
+    attention = write_lora(dense, tmp_path / "one", target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+    merge(attention, tmp_path / "dense")
+    assert relative(logits(stock(tmp_path / "dense")), unmerged(dense, attention)) < 1e-5
+    upcycle.convert(str(dense), tmp_path / "moe", experts=4, top_k=2, verification={"enabled": False})
+    experts = write_lora(
+        tmp_path / "moe", tmp_path / "two", target_modules=[], target_parameters=["experts.up", "experts.down"]
+    )
+    merge(experts, tmp_path / "merged")
+    assert relative(logits(stock(tmp_path / "merged")), unmerged(tmp_path / "moe", experts)) < 1e-5
+    record = json.loads((tmp_path / "merged" / "upcycle.json").read_text())
+    assert record["adapters"][0]["name"] == "two"
+    found = verify(tmp_path / "merged", tokens=64)
+    assert found.promise == "trained"
+    assert "given an adapter (two), since it was converted" in found.explanation
+    assert "A LoRA adapter, two, was merged into its weights." in make_card(tmp_path / "merged", "merged")
 
 
 def one_by_one(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -171,6 +194,10 @@ def renamed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.replace("q_proj", "query"): tensor for name, tensor in tensors.items()}
 
 
+def poisoned(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.fill_(float("nan")) for name, tensor in tensors.items()}
+
+
 def halved(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in tensors.items() if "lora_A" in name}
 
@@ -180,6 +207,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], type[UpcycleError], str]] = {
     "shape": (lambda f: change_tensors(f, shorter), CheckpointError, r"\[3, 32\]"),
     "absent": (lambda f: change_tensors(f, renamed), CheckpointError, "which .* does not have"),
     "half": (lambda f: change_tensors(f, halved), CheckpointError, "a pair of matrices"),
+    "nan": (lambda f: change_tensors(f, poisoned), CheckpointError, "q_proj.* holds NaN or Inf"),
     "kind": (lambda f: change_settings(f, peft_type="IA3"), RefusalError, "'peft_type' is IA3"),
     "pissa": (lambda f: change_settings(f, init_lora_weights="pissa"), RefusalError, "changes the base"),
     "unknown": (lambda f: change_settings(f, layer_replication=[[0, 2]]), RefusalError, "layer_replication"),

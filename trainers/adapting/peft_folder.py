@@ -24,7 +24,7 @@ from upcycle.files.names import TRAINED
 from upcycle.files.output.ownership import check_output
 from upcycle.files.output.workspace import Workspace, explained_system_errors, sweep
 from upcycle.progress import SILENT, Progress
-from upcycle.trainers.adapting.targets import targets
+from upcycle.trainers.adapting.targets import adaptable
 from upcycle.trainers.checkpoints.read import SavedRun
 from upcycle.trainers.recipe.adapter_recipe import AdapterRecipe
 
@@ -46,7 +46,7 @@ def description(model: nn.Module, recipe: AdapterRecipe, base: str) -> dict[str,
         ``settings``: the content of ``adapter_config.json``; ``paths``: for each parameter that has a pair, the path that its
         matrices have in the file; ``whole``: the names of the parameters and buffers that the file holds whole.
     """
-    held, kinds = adapter_of(model), targets(model)
+    held, kinds = adapter_of(model), adaptable(model)
     assert held is not None
     names = list(held.pairs)
     fused = [name for name in names if kinds[name] == "routed"]

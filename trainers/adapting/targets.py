@@ -19,7 +19,7 @@ Kind = Literal["attention", "ffn", "shared", "routed", "router"]
 _PAIRED = ("attention", "ffn", "shared", "routed")
 
 
-def targets(model: nn.Module) -> dict[str, Kind]:
+def adaptable(model: nn.Module) -> dict[str, Kind]:
     """What every parameter is that an adapter can change, by its name: those inside decoder layers of the (text) model alone.
 
     Linear layers and fused experts ``[E, ...]`` get pairs; routers train themselves.
@@ -56,7 +56,7 @@ def add_adapter(model: nn.Module, recipe: AdapterRecipe, seed: int) -> None:
     Raises:
         UsageError: a word of ``targets`` means nothing in this model.
     """
-    known = targets(model)
+    known = adaptable(model)
     chosen: set[str] = set()
     for word in recipe.targets:
         matching = {name for name, kind in known.items() if _means(word, name, kind)}
@@ -75,6 +75,14 @@ def add_adapter(model: nn.Module, recipe: AdapterRecipe, seed: int) -> None:
         pairs[name] = LowRankPair(weight.detach(), recipe.rank, recipe.scale, turned)
         pairs[name].reset(stream(seed, name, ADAPTER))
     attach(model, pairs, [name for name in known if name in chosen and known[name] == "router"])
+
+
+def unpaired_warning(model: nn.Module, recipe: AdapterRecipe) -> str | None:
+    """Say that routed experts stay as they are, although all targets were asked for: they are no matrices of their own here."""
+    experts = _sparse(model)[1]
+    if "all" not in recipe.targets or not experts or "routed" in adaptable(model).values():
+        return None
+    return "the experts of this model are packed into one matrix, and get no pairs: only other layers train"
 
 
 def _means(word: str, name: str, kind: Kind) -> bool:

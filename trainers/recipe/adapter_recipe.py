@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from pydantic import Field, field_validator
 
 from upcycle.plugins import StrictSettings
-
-if TYPE_CHECKING:
-    from upcycle.trainers.recipe.training_recipe import TrainRecipe
 
 WORDS = ("all", "attention", "ffn", "shared", "routed", "router")
 
@@ -41,8 +38,11 @@ class AdapterRecipe(StrictSettings):
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
-def check_alone(recipe: TrainRecipe) -> None:
+def check_alone(recipe: Any) -> None:
     """Refuse what does not go with an adapter.
+
+    Args:
+        recipe: a whole training recipe, with its keys validated.
 
     Raises:
         ValueError: names the key, and why.

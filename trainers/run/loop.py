@@ -56,7 +56,10 @@ _FIRST_PROJECTIONS = (".experts.gate_up_proj", ".experts.gate_up", ".experts.up"
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended: at its end, or ``stopped`` by a signal. ``validation`` has the last losses in nats per token."""
+    """How a run ended: at its end, or ``stopped`` by a signal. ``validation`` has the last losses in nats per token.
+
+    ``model`` is the folder that was exported: that of the model, or of the adapter that was trained.
+    """
 
     output: str
     step: int

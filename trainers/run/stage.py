@@ -17,7 +17,7 @@ from upcycle.models.load import load_model
 from upcycle.models.own.factored_experts import FactoredExperts
 from upcycle.models.own.moe_block import PackedExperts
 from upcycle.trainers.adapting.peft_folder import description
-from upcycle.trainers.adapting.targets import add_adapter
+from upcycle.trainers.adapting.targets import add_adapter, unpaired_warning
 from upcycle.trainers.checkpoints.dense_states import DenseStates
 from upcycle.trainers.checkpoints.prepare_model import check_parent, parent_folder, prepare_model
 from upcycle.trainers.checkpoints.read import SavedRun
@@ -125,7 +125,9 @@ class Stage:
             )
         # The warning is about AdamW, whose steps are as large as the learning rate; SGD's shrink with the gradient.
         lost = None if recipe.optimizer.name == "sgd" else router_warning(self.model, self.rates, origin)
-        read = unread_warning(self.model), untaught_warning(self.model)
+        read = [unread_warning(self.model), untaught_warning(self.model)]
+        if recipe.adapter is not None:
+            read.append(unpaired_warning(self.model, recipe.adapter))
         self.warnings = [
             text for text in (frozen_parts(self.model), leak, lost, self.stepper.control.unexported, *read) if text
         ]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from upcycle.adapters.folder import AdapterFolder
-from upcycle.adapters.places import Change, Place, StockPlaces, changes, replaced, unplaced
+from upcycle.adapters.places import LowRankChange, StockPlace, StockPlaces, changes, replaced, unplaced
 from upcycle.errors import CheckpointError
 from upcycle.files.formats.tensor_spec import TensorSpec
 
@@ -63,7 +63,7 @@ class AdaptedStore:
         stock = StockPlaces(raw, {name: spec.shape for name, spec in base.specs.items()}, where)
         self.stock, self._places = stock, stock.places
         self._replaced = replaced(adapter, stock)
-        self._changes: dict[str, list[Change]] = {}
+        self._changes: dict[str, list[LowRankChange]] = {}
         for change in changes(adapter, stock):
             self._changes.setdefault(change.place.parameter, []).append(change)
         if lost := unplaced((*self._replaced, *self._changes), stock):
@@ -131,21 +131,21 @@ class AdaptedStore:
             return weight
         made = self.adapter.file.read(stored) if stored else weight
         if parameter in self._changes:
-            made = self._added(Place(parameter), made, 0)
+            made = self._added(StockPlace(parameter), made, 0)
         return made.to(getattr(torch, self._dtypes[parameter])).to(weight.dtype)
 
     def _replacement(self, name: str) -> str | None:
         place = self._places.get(name)
         return self._replaced.get(place.parameter) if place and place.expert is None else None
 
-    def _changes_of(self, name: str) -> list[Change]:
+    def _changes_of(self, name: str) -> list[LowRankChange]:
         place = self._places.get(name)
         if place is None:
             return []
         found = self._changes.get(place.parameter, ())
         return [change for change in found if _overlap(change, place, self.specs[name].shape)]
 
-    def _added(self, place: Place, block: torch.Tensor, first: int) -> torch.Tensor:
+    def _added(self, place: StockPlace, block: torch.Tensor, first: int) -> torch.Tensor:
         """Return rows of the tensor at a place, from ``first`` on, with everything added to them, fp64."""
         made = block.double()
         if block.ndim == 3:
@@ -176,7 +176,7 @@ class AdaptedStore:
                 lengths = self.adapter.file.read(change.pair.magnitude).double().flatten()[first : first + len(rows)]
                 rows *= (lengths / torch.linalg.vector_norm(rows, dim=1))[:, None]
 
-    def _factors(self, change: Change, expert: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _factors(self, change: LowRankChange, expert: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the matrices whose product, rows by columns of the parameter's matrix, is added; fp64.
 
         PEFT stores those of all experts as A ``[E r, in]``, expert by expert, and B ``[out, r E]``, in which the experts' columns
@@ -186,10 +186,8 @@ class AdaptedStore:
         if pair.path + str(pair.depth) not in self._kept:
             while len(self._kept) >= _KEPT:
                 self._kept.pop(next(iter(self._kept)))
-            self._kept[pair.path + str(pair.depth)] = (
-                self.adapter.file.read(pair.a).double(),
-                self.adapter.file.read(pair.b).double(),
-            )
+            halves = (self.adapter.file.read(name).double() for name in (pair.a, pair.b))
+            self._kept[pair.path + str(pair.depth)] = next(halves), next(halves)
         a, b = self._kept[pair.path + str(pair.depth)]
         if change.experts:
             assert expert is not None
@@ -198,7 +196,7 @@ class AdaptedStore:
         return (a.T, b.T) if change.transposed else (b, a)
 
 
-def _overlap(change: Change, place: Place, shape: tuple[int, ...]) -> bool:
+def _overlap(change: LowRankChange, place: StockPlace, shape: tuple[int, ...]) -> bool:
     """Return whether a change reaches rows of a stored tensor."""
     if change.place.expert is None or place.expert is None:
         return True

@@ -73,6 +73,19 @@ class AdapterFolder:
         """What tells versions of the folder apart at little cost: its settings, its header, and a few bytes of every tensor."""
         return f"{hash_file(self.folder / ADAPTER_CONFIG)} {self.file.size} {self.file.sample()}"
 
+    def check_finite(self) -> None:
+        """Read all tensors, one by one.
+
+        Raises:
+            CheckpointError: one holds NaN or Inf.
+        """
+        for name in self.file.specs:
+            if not self.file.read(name).isfinite().all():
+                raise CheckpointError(
+                    f"{self.file.path}: tensor '{shortened(name)}' holds NaN or Inf",
+                    hint="its training diverged, or the file is damaged; use an earlier adapter",
+                )
+
     def _sort(self) -> None:
         found: dict[tuple[str, int], dict[str, str]] = {}
         for name in self.file.specs:

@@ -115,7 +115,8 @@ def parameter_of(name: str) -> str | None:
 
 def _adding(pair: LowRankPair) -> Any:
     def add(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        return output + pair(inputs[0])
+        added: torch.Tensor = pair(inputs[0])
+        return output + added
 
     return add
 

@@ -23,7 +23,7 @@ _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)")
 
 
 @dataclass(frozen=True)
-class Place:
+class StockPlace:
     """Where a tensor lies in a parameter of the stock class: whole, or one expert's rows from ``first`` on."""
 
     parameter: str
@@ -32,7 +32,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Change:
+class LowRankChange:
     """A low-rank product that is added to a parameter, or to an expert's rows of it.
 
     Attributes:
@@ -46,7 +46,7 @@ class Change:
     """
 
     pair: Pair
-    place: Place
+    place: StockPlace
     scale: float
     rank: int
     experts: int
@@ -69,15 +69,15 @@ class StockPlaces:
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
         names = stock_name_of(self.model, stored)
         groups = rows_of_stock(self.model, stored) or {}
-        self.places: dict[str, Place] = {}
+        self.places: dict[str, StockPlace] = {}
         for name, target in names.items():
             if self.shapes.get(target) == stored[name]:
-                self.places[name] = Place(target)
+                self.places[name] = StockPlace(target)
         for target, rows in groups.items():
             for expert, parts in enumerate(rows):
                 first = 0
                 for name in parts:
-                    self.places[name] = Place(target, expert, first)
+                    self.places[name] = StockPlace(target, expert, first)
                     first += stored[name][0]
 
     @property
@@ -92,7 +92,7 @@ class StockPlaces:
         return name if name in self.shapes else stock_name_of(self.model, [name])[name]
 
 
-def changes(adapter: AdapterFolder, stock: StockPlaces) -> list[Change]:
+def changes(adapter: AdapterFolder, stock: StockPlaces) -> list[LowRankChange]:
     """Return what the pairs of a folder are added to.
 
     Raises:
@@ -125,7 +125,7 @@ def replaced(adapter: AdapterFolder, stock: StockPlaces) -> dict[str, str]:
     return found
 
 
-def _change(adapter: AdapterFolder, stock: StockPlaces, pair: Pair) -> Change:
+def _change(adapter: AdapterFolder, stock: StockPlaces, pair: Pair) -> LowRankChange:
     settings = adapter.settings
     place, key, transposed = _target(adapter, stock, pair)
     _refuse_tied(adapter, stock, place.parameter)
@@ -153,7 +153,7 @@ def _change(adapter: AdapterFolder, stock: StockPlaces, pair: Pair) -> Change:
             )
         if math.prod(lengths) != outputs:
             raise CheckpointError(f"{adapter.file.path}: tensor '{pair.magnitude}' is {list(lengths)}, not [{outputs}]")
-    return Change(
+    return LowRankChange(
         pair,
         place,
         settings.scale_of(key),
@@ -164,7 +164,7 @@ def _change(adapter: AdapterFolder, stock: StockPlaces, pair: Pair) -> Change:
     )
 
 
-def _target(adapter: AdapterFolder, stock: StockPlaces, pair: Pair) -> tuple[Place, str, bool]:
+def _target(adapter: AdapterFolder, stock: StockPlaces, pair: Pair) -> tuple[StockPlace, str, bool]:
     """Return what a pair is added to, the path by which PEFT looks up its rank, and whether that is stored ``[in, out]``."""
     modules = dict(stock.model.named_modules())
     path = pair.path
@@ -181,17 +181,17 @@ def _target(adapter: AdapterFolder, stock: StockPlaces, pair: Pair) -> tuple[Pla
         if pair.depth < len(names):
             name = names[len(names) - 1 - pair.depth]
             turned = module.get_parameter(name).ndim == 3 and bool(getattr(module, "is_transposed", False))
-            return Place(f"{path}.{name}"), f"{path}.{name}", turned
+            return StockPlace(f"{path}.{name}"), f"{path}.{name}", turned
         if not pair.depth and f"{path}.weight" in stock.shapes and len(stock.shapes[f"{path}.weight"]) == 2:
             turned = pair.embedding or type(module).__name__ == "Conv1D"
-            return Place(f"{path}.weight"), path, turned
+            return StockPlace(f"{path}.weight"), path, turned
         raise _absent(adapter, stock, pair.path)
     if found := _single_expert(stock, pair):
         return found, pair.path, False
     raise _absent(adapter, stock, pair.path)
 
 
-def _single_expert(stock: StockPlaces, pair: Pair) -> Place | None:
+def _single_expert(stock: StockPlaces, pair: Pair) -> StockPlace | None:
     """Return where one expert's matrix lies that a folder names as files do: ``experts.3.w1``."""
     match, leaves = _EXPERT.fullmatch(pair.path), expert_leaves(stock._raw)
     if not match or not leaves or pair.depth or match[3] not in leaves:
@@ -203,14 +203,14 @@ def _single_expert(stock: StockPlaces, pair: Pair) -> Place | None:
     shape = stock.shapes.get(fused, ())
     if len(shape) != 3 or int(match[2]) >= shape[0]:
         return None
-    return Place(fused, int(match[2]), shape[1] // 2 if part == 1 else 0)
+    return StockPlace(fused, int(match[2]), shape[1] // 2 if part == 1 else 0)
 
 
 def _tail(prefix: str, part: int) -> str:
     return f"{prefix}.{'down_proj' if part == 2 else 'gate_up_proj'}"
 
 
-def _own_rows(stock: StockPlaces, place: Place, rows: int) -> int:
+def _own_rows(stock: StockPlaces, place: StockPlace, rows: int) -> int:
     return rows // 2 if place.parameter.endswith("gate_up_proj") else rows
 
 

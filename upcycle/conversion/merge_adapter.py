@@ -115,6 +115,7 @@ def merge(
     for read in {source.path, tokenizer}:
         check_companions(read, True)
     store = AdaptedStore(stored, lora, raw, source.name, dtype)
+    lora.check_finite()
     units = list(_units(store))
     shards = shards_of(units, parse_size(max_shard_size))
     size = sum(shard.nbytes for shard in shards)

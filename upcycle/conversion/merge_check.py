@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from upcycle.adapters.live import LowRankPair, attach
-from upcycle.adapters.places import Change, StockPlaces, changes, replaced
+from upcycle.adapters.places import LowRankChange, StockPlaces, changes, replaced
 from upcycle.architectures.module_paths import text_config
 from upcycle.architectures.stock import load_stock_model, load_tokenizer
 from upcycle.errors import EnvironmentFault
@@ -83,7 +83,7 @@ def check_merge(
         del model
         model = _loaded(base)
         with torch.no_grad():
-            for name, weight in written_out(model, adapter, stock).items():
+            for name, weight in adapted_weights(model, adapter, stock).items():
                 kept = weight.to(getattr(torch, dtypes[name]))
                 model.get_parameter(name).copy_(kept)
         rounded = _logits(model, ids)
@@ -100,7 +100,7 @@ def check_merge(
 
 def with_adapter(model: Any, adapter: AdapterFolder, stock: StockPlaces) -> Any:
     """Return the model with the adapter beside its weights, as far as it consists of whole pairs; the rest is written into them."""
-    made, whole = written_out(model, adapter, stock), replaced(adapter, stock)
+    made, whole = adapted_weights(model, adapter, stock), replaced(adapter, stock)
     pairs: dict[str, LowRankPair] = {}
     for change in changes(adapter, stock):
         name = change.place.parameter
@@ -125,7 +125,7 @@ def with_adapter(model: Any, adapter: AdapterFolder, stock: StockPlaces) -> Any:
     return model
 
 
-def written_out(model: Any, adapter: AdapterFolder, stock: StockPlaces) -> dict[str, torch.Tensor]:
+def adapted_weights(model: Any, adapter: AdapterFolder, stock: StockPlaces) -> dict[str, torch.Tensor]:
     """Return every parameter that the adapter changes as it becomes, fp64, by PEFT's formulas."""
     made = {name: adapter.file.read(stored).double() for name, stored in replaced(adapter, stock).items()}
     for change in changes(adapter, stock):
@@ -150,7 +150,7 @@ def written_out(model: Any, adapter: AdapterFolder, stock: StockPlaces) -> dict[
     return made
 
 
-def _by_expert(a: torch.Tensor, b: torch.Tensor, change: Change) -> tuple[torch.Tensor, torch.Tensor]:
+def _by_expert(a: torch.Tensor, b: torch.Tensor, change: LowRankChange) -> tuple[torch.Tensor, torch.Tensor]:
     """Return PEFT's A ``[E r, in]`` and B ``[out, r E]`` as ``[E, r, in]`` and ``[E, out, r]``."""
     count = change.experts
     return a.unflatten(0, (count, change.rank)), b.unflatten(1, (change.rank, count)).permute(2, 0, 1)

@@ -63,7 +63,9 @@ def locate(
     if not _HUB_ID.fullmatch(name) or name.endswith((".gguf", ".yaml", ".yml")):
         raise UsageError(
             f"no such file or folder: {name}",
-            hint="a source is a local folder, a .gguf file, a hub id (org/name), or demo",
+            hint="an adapter is merged first: upcycle merge ADAPTER OUT --base MODEL"
+            if "+" in name
+            else "a source is a local folder, a .gguf file, a hub id (org/name), or demo",
         )
     return _from_hub(name, revision, ("config.json",) if config_only else wanted)
 

@@ -31,7 +31,7 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG).is_file()
 
 
-def divided(name: str) -> tuple[str | None, str]:
+def model_and_adapter(name: str) -> tuple[str | None, str]:
     """Return the model and the adapter that ``MODEL+ADAPTER`` names; (None, ``name``) where it names one thing.
 
     Raises:
@@ -51,13 +51,13 @@ def divided(name: str) -> tuple[str | None, str]:
 
 def names_adapter(name: str) -> bool:
     """Return whether a source's name stands for a model with an adapter."""
-    model, adapter = divided(name)
+    model, adapter = model_and_adapter(name)
     return model is not None or is_adapter(user_path(adapter))
 
 
 def is_local_adapted(name: str) -> bool:
     """Return whether a source that may have an adapter needs no download."""
-    model, adapter = divided(name)
+    model, adapter = model_and_adapter(name)
     if model is not None:
         return is_local(model) and user_path(adapter).exists()
     if not is_adapter(user_path(name)):
@@ -79,7 +79,7 @@ def locate_adapted(name: str, revision: str | None = None, config_only: bool = F
         UsageError: something is not there, or the adapter does not say what it was trained on.
         EnvironmentFault: the hub cannot be reached.
     """
-    model, adapter = divided(name)
+    model, adapter = model_and_adapter(name)
     if model is None and not is_adapter(user_path(name)):
         return locate(name, revision, config_only)
     folder = adapter_folder(adapter)

@@ -19,7 +19,7 @@ from upcycle.adapters.live import LowRankPair, attach
 from upcycle.conversion.merge_adapter import merge
 from upcycle.errors import UsageError
 from upcycle.models.load import load_model
-from upcycle.trainers.adapting.targets import add_adapter, targets
+from upcycle.trainers.adapting.targets import adaptable, add_adapter
 from upcycle.trainers.checkpoints.export import export
 from upcycle.trainers.checkpoints.read import latest, open_checkpoint
 from upcycle.trainers.optimizing.parameter_groups import groups, parts, select
@@ -81,7 +81,7 @@ def test_products_are_those_of_the_formula_in_fp64() -> None:
 
 def test_what_is_adapted_and_what_is_kept_of_it(pico_moe: Model) -> None:
     model = load_model(pico_moe("qwen2_moe"), experts="auto", training=True)
-    kinds = targets(model)
+    kinds = adaptable(model)
     named = {kind: sorted(n for n, k in kinds.items() if k == kind) for kind in sorted(set(kinds.values()))}
     assert sorted(named) == ["attention", "ffn", "routed", "router", "shared"]
     assert "model.layers.0.mlp.up_proj.weight" in named["ffn"]
@@ -135,19 +135,12 @@ def test_a_continued_run_is_the_uninterrupted_one_bit_for_bit(
     settings: dict[str, Any], pico_moe: Model, tmp_path: Path
 ) -> None:
     base, keys = pico_moe("mixtral"), {"adapter": EVERYTHING, **settings}
-    whole = recipe_for(base, tmp_path / "whole", stage=LARGE, **keys)
+    stage = {**LARGE, "schedule": {"kind": "constant"}}
+    whole = recipe_for(base, tmp_path / "whole", stage=stage, **keys)
     run(whole)
-    first = recipe_for(base, tmp_path / "parts", stage={**LARGE, "steps": 2}, **keys)
-    longer = recipe_for(base, tmp_path / "parts", stage=LARGE, **keys)
-    first, longer = (each.model_copy(update={"data": whole.data}) for each in (first, longer))
-    # A constant rate, as the length of a schedule is that of its stage.
-    for each in (whole, first, longer):
-        each.stages[0] = each.stages[0].model_copy(
-            update={"schedule": each.stages[0].schedule.model_copy(update={"kind": "constant"})}
-        )
-    run(whole, restart=True)
-    run(first)
-    run(longer)
+    first, longer = (recipe_for(base, tmp_path / "parts", stage={**stage, "steps": count}, **keys) for count in (2, 4))
+    for each in (first, longer):
+        run(each.model_copy(update={"data": whole.data}))
     assert steps(longer) == steps(whole)
     one, two = latest(Path(whole.output)), latest(Path(longer.output))
     assert one
