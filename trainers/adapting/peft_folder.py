@@ -54,7 +54,7 @@ def description(model: nn.Module, recipe: AdapterRecipe, base: str) -> dict[str,
     sparse = any(kind in ("routed", "router") for kind in kinds.values())
     as_parameters = [name for name in names if sparse and kinds[name] != "attention"]
     whole = sorted({name.rpartition(".")[0] for name in held.whole})
-    settings = {
+    settings: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,

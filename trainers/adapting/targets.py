@@ -24,7 +24,7 @@ def adaptable(model: nn.Module) -> dict[str, Kind]:
 
     Linear layers and fused experts ``[E, ...]`` get pairs; routers train themselves.
     """
-    paths = module_paths_of(model.config)  # type: ignore[arg-type]
+    paths = module_paths_of(model.config)
     routers, experts, beside = _sparse(model)
     found: dict[str, Kind] = {}
     for path, module in model.named_modules():
@@ -117,7 +117,7 @@ def _above(path: str) -> Iterator[str]:
 def _dense_kind(path: str, layer: int, model: nn.Module, beside: set[int]) -> Kind:
     if id(model.get_submodule(path)) in beside:
         return "shared"
-    paths = module_paths_of(model.config)  # type: ignore[arg-type]
+    paths = module_paths_of(model.config)
     inner = path.removeprefix(paths.layer(layer) + ".")
     ffn = (*paths.blocks, *((paths.ends,) if paths.ends else ()))
     return "ffn" if any(inner == block or inner.startswith(f"{block}.") for block in ffn) else "attention"

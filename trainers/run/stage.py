@@ -81,11 +81,7 @@ class Stage:
         checkpointing = recipe.activation_checkpointing
         prepare_model(self.model, checkpointing=checkpointing, activation=stage_recipe.activation, where=recipe.model)
         self.stepper = Stepper(self.model, stage_recipe, ranks, self._parent(origin, ranks), recipe.clip)
-        if recipe.adapter is not None:
-            add_adapter(self.model, recipe.adapter, recipe.seed)
-            held = adapter_of(self.model)
-            if saved and held:
-                saved.load_into({name: self.model.get_parameter(name) for name in held.names})
+        adapted = self._adapt(saved)
         divided = recipe.expert_parallel > 1
         if divided and stage_recipe.control != ControlParameters():
             raise UsageError(
@@ -125,9 +121,7 @@ class Stage:
             )
         # The warning is about AdamW, whose steps are as large as the learning rate; SGD's shrink with the gradient.
         lost = None if recipe.optimizer.name == "sgd" else router_warning(self.model, self.rates, origin)
-        read = [unread_warning(self.model), untaught_warning(self.model)]
-        if recipe.adapter is not None:
-            read.append(unpaired_warning(self.model, recipe.adapter))
+        read = unread_warning(self.model), untaught_warning(self.model), adapted
         self.warnings = [
             text for text in (frozen_parts(self.model), leak, lost, self.stepper.control.unexported, *read) if text
         ]
@@ -183,6 +177,17 @@ class Stage:
         self.engine.destroy()
         del self.engine, self.tensors, self.model, self.stepper
         gc.collect()
+
+    def _adapt(self, saved: SavedRun | None) -> str | None:
+        """Give the model the recipe's adapter, if it has one, as the checkpoint has it; returns a warning, if there is one."""
+        recipe = self.recipe.adapter
+        if recipe is None:
+            return None
+        add_adapter(self.model, recipe, self.recipe.seed)
+        held = adapter_of(self.model)
+        if saved and held:
+            saved.load_into({name: self.model.get_parameter(name) for name in held.names})
+        return unpaired_warning(self.model, recipe)
 
     def _parent(self, origin: Path, ranks: Ranks) -> Parent | None:
         distillation = self.stage_recipe.distillation

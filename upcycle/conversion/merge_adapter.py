@@ -243,7 +243,7 @@ def _write_small_files(folder: Path, base: Path, tokenizer: Path, raw: dict[str,
 def _entry(lora: AdapterFolder, source: Source, check: MergeCheck | None) -> dict[str, Any]:
     """Return what the record says of an adapter that was merged."""
     trained = read_json(lora.folder / TRAINED) if (lora.folder / TRAINED).is_file() else {}
-    return without_paths(
+    entry: dict[str, Any] = without_paths(
         {
             "name": lora.folder.name,
             "sha256": lora.sha256,
@@ -253,6 +253,7 @@ def _entry(lora: AdapterFolder, source: Source, check: MergeCheck | None) -> dic
             "check": check.as_dict() if check else None,
         }
     )
+    return entry
 
 
 def _write_record(folder: Path, before: dict[str, Any], entry: dict[str, Any], hashes: dict[str, str]) -> None:

@@ -196,7 +196,7 @@ def layers_of(checkpoint: Checkpoint, dtype: str | None = None, outside: bool = 
     """
     from upcycle.checkpoints.merged_checkpoint import MergedCheckpoint
 
-    rounding = None if dtype is None else partial(_rounded, checkpoint, dtype)
+    rounding: Rounding | None = None if dtype is None else partial(_rounded, checkpoint, dtype)
     if checkpoint.adapted is not None:
         rounding = _after(checkpoint.adapted.adapted, rounding)
     if isinstance(checkpoint, MergedCheckpoint):
