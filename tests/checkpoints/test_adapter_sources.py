@@ -39,6 +39,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("plus", [False, True])
 def test_a_mix_of_adapters_is_that_of_the_merged_models(plus: bool, folders: dict[str, Path], tmp_path: Path) -> None:
     names = ("math", "code")
@@ -53,6 +54,7 @@ def test_a_mix_of_adapters_is_that_of_the_merged_models(plus: bool, folders: dic
     assert one.verification.loss_dense == pytest.approx(two.verification.loss_dense, rel=1e-5)
 
 
+@pytest.mark.long
 def test_an_adapter_beside_its_base_and_the_verification_later(folders: dict[str, Path], tmp_path: Path) -> None:
     one = mixed(tmp_path / "one", [str(folders["base"]), str(folders["math"])], parameters={"rest": "base"})
     two = mixed(tmp_path / "two", [str(folders["base"]), str(folders["math merged"])], parameters={"rest": "base"})
@@ -63,6 +65,7 @@ def test_an_adapter_beside_its_base_and_the_verification_later(folders: dict[str
     assert two.verification
 
 
+@pytest.mark.long
 def test_a_changed_adapter_is_another_source(folders: dict[str, Path], pico: Maker, tmp_path: Path) -> None:
     mixed(tmp_path / "out", [str(folders["math"]), str(folders["code"])])
     adapter = write_lora(pico("llama"), tmp_path / "math-lora", 7, target_modules=FFN)

@@ -52,7 +52,7 @@ MOES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("settings", DENSE.values(), ids=DENSE)
 def test_a_dense_model(settings: dict[str, Any], pico: Maker, tmp_path: Path) -> None:
     base = pico("llama")
@@ -78,6 +78,7 @@ def test_a_moe(name: str, settings: dict[str, Any], pico_moe: Maker, tmp_path: P
     assert load_file(base / "model.safetensors").keys() == load_file(tmp_path / "out" / "model.safetensors").keys()
 
 
+@pytest.mark.long
 def test_conv1d_and_the_packed_experts_of_upcycle_moe(dense_maker: Any, tmp_path: Path) -> None:
     """GPT-2 stores its matrices ``[in, out]``."""
     dense = dense_maker(tmp_path / "gpt2", "gpt2")

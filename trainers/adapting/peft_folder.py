@@ -60,7 +60,7 @@ def description(model: nn.Module, recipe: AdapterRecipe, base: str) -> dict[str,
         "base_model_name_or_path": base,
         "revision": None,
         "r": recipe.rank,
-        "lora_alpha": recipe.alpha,
+        "lora_alpha": int(recipe.alpha) if recipe.alpha.is_integer() else recipe.alpha,
         "use_rslora": recipe.rslora,
         "lora_dropout": 0.0,
         "bias": "none",
@@ -87,7 +87,7 @@ def write_peft_folder(saved: SavedRun, out: Path, overwrite: bool = False, progr
         UsageError: ``out`` is not empty.
         CheckpointError: a file of the checkpoint is damaged.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     check_output(out, overwrite)
     saved.check_files()
@@ -103,7 +103,8 @@ def write_peft_folder(saved: SavedRun, out: Path, overwrite: bool = False, progr
             (folder / "generation_config.json").unlink(missing_ok=True)
             text = json.dumps(told["settings"], indent=2)
             (folder / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
-            save_file(dict(_tensors(saved, told)), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+            content = save(dict(_tensors(saved, told)), metadata={"format": "pt"})
+            (folder / ADAPTER_WEIGHTS).write_bytes(content)
             sweep(folder)
             _write_record(saved, folder)
         final: Path = workspace.publish()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from upcycle.adapters.live import parameter_of
 from upcycle.architectures.module_paths import find_module_paths
 from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import read_json
@@ -278,11 +279,10 @@ def _file_warnings(folder: Path, counts: ModelCounts) -> list[str]:
         return []
     stored = {name: spec.elements for name, spec in SafetensorsFolder(folder).specs.items()}
     head = stored.get(find_module_paths(counts.model_type).head_weight, 0)
-    if counts.elements <= sum(stored.values()) <= counts.elements + head + len(counts.layers) * (counts.experts or 0):
+    elements = sum(weight.elements for weight in counts.weights if parameter_of(weight.name) is None)
+    if elements <= sum(stored.values()) <= elements + head + len(counts.layers) * (counts.experts or 0):
         return []
-    return [
-        f"{folder}: config.json describes {counts.elements:,} weights, and the weight files hold {sum(stored.values()):,}"
-    ]
+    return [f"{folder}: config.json describes {elements:,} weights, and the weight files hold {sum(stored.values()):,}"]
 
 
 def _advice(

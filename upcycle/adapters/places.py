@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from upcycle.adapters.folder import AdapterFolder, Pair
@@ -64,11 +65,12 @@ class StockPlaces:
     """
 
     def __init__(self, raw: Mapping[str, Any], stored: Mapping[str, tuple[int, ...]], where: str) -> None:
-        self.where, self._raw = where, raw
+        self.where, self.raw = where, raw
         self.model = empty_model(build_config(raw, where), where)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
-        names = stock_name_of(self.model, stored)
+        names = stock_name_of(self.model, stored, only_renamed=True)
         groups = rows_of_stock(self.model, stored) or {}
+        self._renamed: dict[str, str] = {}
         self.places: dict[str, StockPlace] = {}
         for name, target in names.items():
             if self.shapes.get(target) == stored[name]:
@@ -87,9 +89,25 @@ class StockPlaces:
         tied = getattr(self.model.config, "tie_word_embeddings", False)
         return frozenset((paths.embedding_weight, f"{paths.head}.weight")) if tied else frozenset()
 
+    @cached_property
+    def modules(self) -> dict[str, Any]:
+        """The modules of the stock class, by their paths."""
+        return dict(self.model.named_modules())
+
+    @cached_property
+    def leaves(self) -> tuple[str, str, str] | None:
+        """The names of an expert's gate, up and down where files hold experts one by one; None: they hold them together."""
+        return expert_leaves(self.raw)
+
+    def learn(self, names: Iterable[str]) -> None:
+        """Look up many names at once, for :meth:`stock_name`: that of one takes as long."""
+        self._renamed |= stock_name_of(self.model, [name for name in names if name not in self.shapes])
+
     def stock_name(self, name: str) -> str:
         """Return the stock class's name of a parameter that a folder may call as older versions of transformers did."""
-        return name if name in self.shapes else stock_name_of(self.model, [name])[name]
+        if name not in self.shapes and name not in self._renamed:
+            self.learn([name])
+        return self._renamed.get(name, name)
 
 
 def changes(adapter: AdapterFolder, stock: StockPlaces) -> list[LowRankChange]:
@@ -99,6 +117,7 @@ def changes(adapter: AdapterFolder, stock: StockPlaces) -> list[LowRankChange]:
         CheckpointError: the base has no such module, or a matrix is of another shape or rank; the message names both.
         RefusalError: the change cannot be a change of weights alone.
     """
+    stock.learn(f"{pair.path}.weight" for pair in adapter.pairs)
     return [_change(adapter, stock, pair) for pair in adapter.pairs]
 
 
@@ -135,7 +154,7 @@ def _change(adapter: AdapterFolder, stock: StockPlaces, pair: Pair) -> LowRankCh
     rank, count = settings.rank_of(key), max(1, experts)
     inputs, outputs = (matrix[0], matrix[1]) if transposed else (matrix[1], matrix[0])
     if place.expert is not None:
-        outputs = _own_rows(stock, place, outputs)
+        outputs = _own_rows(place, outputs)
     wanted = (rank * count, inputs), (outputs, rank * count)
     found = tuple(adapter.file.specs[name].shape for name in (pair.a, pair.b))
     if found != wanted:
@@ -166,12 +185,11 @@ def _change(adapter: AdapterFolder, stock: StockPlaces, pair: Pair) -> LowRankCh
 
 def _target(adapter: AdapterFolder, stock: StockPlaces, pair: Pair) -> tuple[StockPlace, str, bool]:
     """Return what a pair is added to, the path by which PEFT looks up its rank, and whether that is stored ``[in, out]``."""
-    modules = dict(stock.model.named_modules())
     path = pair.path
-    if path not in modules:
+    if path not in stock.modules:
         path = stock.stock_name(f"{path}.weight").removesuffix(".weight")
-    if path in modules:
-        module = modules[path]
+    if path in stock.modules:
+        module = stock.modules[path]
         # PEFT wraps a module's parameters in their order, each wrapper around the one before.
         names = [
             name
@@ -193,7 +211,7 @@ def _target(adapter: AdapterFolder, stock: StockPlaces, pair: Pair) -> tuple[Sto
 
 def _single_expert(stock: StockPlaces, pair: Pair) -> StockPlace | None:
     """Return where one expert's matrix lies that a folder names as files do: ``experts.3.w1``."""
-    match, leaves = _EXPERT.fullmatch(pair.path), expert_leaves(stock._raw)
+    match, leaves = _EXPERT.fullmatch(pair.path), stock.leaves
     if not match or not leaves or pair.depth or match[3] not in leaves:
         return None
     part = leaves.index(match[3])
@@ -201,7 +219,11 @@ def _single_expert(stock: StockPlaces, pair: Pair) -> StockPlace | None:
     if fused not in stock.shapes:
         fused = next((name for name in stock.shapes if name.endswith(_tail(match[1], part))), "")
     shape = stock.shapes.get(fused, ())
-    if len(shape) != 3 or int(match[2]) >= shape[0]:
+    if (
+        len(shape) != 3
+        or int(match[2]) >= shape[0]
+        or getattr(stock.modules[fused.rpartition(".")[0]], "is_transposed", False)
+    ):
         return None
     return StockPlace(fused, int(match[2]), shape[1] // 2 if part == 1 else 0)
 
@@ -210,7 +232,7 @@ def _tail(prefix: str, part: int) -> str:
     return f"{prefix}.{'down_proj' if part == 2 else 'gate_up_proj'}"
 
 
-def _own_rows(stock: StockPlaces, place: StockPlace, rows: int) -> int:
+def _own_rows(place: StockPlace, rows: int) -> int:
     return rows // 2 if place.parameter.endswith("gate_up_proj") else rows
 
 

@@ -126,7 +126,7 @@ def test_peft_computes_what_the_run_computed_and_a_merge_too(
     assert record["adapters"][0]["training"]["step"] == 4
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.long
 @pytest.mark.parametrize(
     "settings",
     [{"zero": {"stage": 0}}, {"zero": {"stage": 2}}, {"dtype": "bfloat16", "activation_checkpointing": True}],
