@@ -48,6 +48,7 @@ MOES: dict[str, tuple[str, dict[str, Any]]] = {
             "modules_to_save": ["gate"],
         },
     ),
+    "whole experts": ("mixtral", {"target_modules": ["q_proj"], "modules_to_save": ["experts"]}),
     "fused in files": ("granitemoe", {"target_modules": ["o_proj"], "target_parameters": EXPERTS}),
 }
 

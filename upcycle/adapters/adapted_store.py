@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from upcycle.adapters.folder import AdapterFolder
 from upcycle.adapters.places import LowRankChange, StockPlace, StockPlaces, changes, replaced, unplaced
 from upcycle.errors import CheckpointError
+from upcycle.files.formats.tensor_files import row_blocks
 from upcycle.files.formats.tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -104,10 +105,8 @@ class AdaptedStore:
         import torch
 
         dtype = getattr(torch, self.specs[name].dtype)
-        stored = self._replacement(name)
-        source: Any = self.adapter.file if stored else self._base
         first = part[0] if part else 0
-        for block in source.chunks(stored or name, most_bytes, part, multiple):
+        for block in self._before(name, most_bytes, part, multiple):
             rows = self._added(self._places[name], block, first) if self._changes_of(name) else block
             yield rows.to(dtype)
             first += len(block) if block.ndim else 0
@@ -136,7 +135,24 @@ class AdaptedStore:
 
     def _replacement(self, name: str) -> str | None:
         place = self._places.get(name)
-        return self._replaced.get(place.parameter) if place and place.expert is None else None
+        return self._replaced.get(place.parameter) if place else None
+
+    def _before(
+        self, name: str, most_bytes: int, part: tuple[int, int] | None, multiple: int
+    ) -> Iterator[torch.Tensor]:
+        """Yield blocks of what products are added to: the base's tensor, or what replaces it, in which experts may be fused."""
+        stored = self._replacement(name)
+        if stored is None:
+            return self._base.chunks(name, most_bytes, part, multiple)
+        place, shape = self._places[name], self.specs[name].shape
+        if place.expert is None:
+            return self.adapter.file.chunks(stored, most_bytes, part, multiple)
+        spec = self.adapter.file.specs[stored]
+        (expert,) = self.adapter.file.chunks(stored, spec.nbytes, (place.expert, 1))
+        rows = expert[0, place.first : place.first + shape[0]]
+        return (
+            rows[at : at + count] for at, count in row_blocks(TensorSpec(shape, spec.dtype), most_bytes, part, multiple)
+        )
 
     def _changes_of(self, name: str) -> list[LowRankChange]:
         place = self._places.get(name)
