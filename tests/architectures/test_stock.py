@@ -87,6 +87,21 @@ _NAMED = re.compile(
 )
 
 
+def hostile_adapter(folder: Path) -> Path:
+    """A LoRA folder of the demo model whose settings name code and another repository."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({**ADAPTER, "r": 1, "lora_alpha": 1}))
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    save_file(
+        {name.format("A"): torch.ones(1, 192), name.format("B"): torch.ones(192, 1)},
+        folder / "adapter_model.safetensors",
+    )
+    return folder
+
+
 def poison(folder: Path) -> Path:
     """Put all of it into a folder, and code beside it; records of the files' hashes say what is there now."""
     for name, content in (
@@ -317,6 +332,7 @@ COMMANDS = [
     "plan train recipe.yaml",
     "train recipe.yaml -q",
     "export run exported -q",
+    "merge lora merged --base hostile -q",
 ]
 NO_MODEL = {"list", "recipe", "completion", "demo", "env", "tune-kernels"}  # they load nothing of the user's
 
@@ -332,6 +348,7 @@ def test_no_verb_runs_what_a_folder_names(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     shutil.copytree(hostile, tmp_path / "hostile2")
+    hostile_adapter(tmp_path / "lora")
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(model="moe", output="run", parent="hostile"))
     said = []
     for command in COMMANDS:
@@ -352,7 +369,7 @@ def test_no_verb_runs_what_a_folder_names(
             traps.clear()
     assert not said, "\n".join(said)
     assert not list(tmp_path.rglob("RAN"))
-    for name in ("moe", "split", "mix", "grown", "exported"):
+    for name in ("moe", "split", "mix", "grown", "exported", "merged"):
         if name == "moe":
             continue  # poisoned since
         for path in (tmp_path / name).glob("*.json"):

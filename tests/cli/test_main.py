@@ -58,7 +58,11 @@ except SystemExit:
 
 
 def test_every_recipe_key_has_a_flag_or_is_reached_by_one() -> None:
-    flagged = {key.partition(".")[0] for key in options._FLAGS.values()} | {"source", "parameters"}
+    flagged = {key.partition(".")[0] for key in options._FLAGS.values()} | {
+        "source",
+        "parameters",
+        "projections",
+    }  # reached by --set and --param
     assert flagged == set(Recipe.model_fields)
 
 

@@ -16,6 +16,7 @@ import pytest
 from chats import sums, write_chats
 from click.testing import CliRunner
 from encoder_cases import image_encoder, image_folder, text_encoder
+from lora_folders import write_lora
 from media_cases import pair_file, sound_folder, sound_model, two_towers
 from stand_ins import make_llama_cpp, make_vllm
 
@@ -52,6 +53,8 @@ SHORTER = (
     ("train heal", "--set stages.heal.steps=2 --set stages.heal.tokens=null --set stages.heal.schedule.warmup=0"),
     ("train instruct", "--set stages.0.steps=2 --set stages.0.tokens=null --set stages.0.schedule.warmup=0"),
     ("train instruct", "--set data.chat_template=turns"),  # the tokenizer here has no template
+    ("train lora", "--set stages.0.steps=2 --set stages.0.tokens=null --set stages.0.schedule.warmup=0"),
+    ("train lora", "--set data.chat_template=turns"),
     ("upcycle report", "--tokens 64"),
     ("--speed", "--text prose"),
     ("upcycle chat", "--tokens 3"),
@@ -129,6 +132,8 @@ def reader(
         shutil.copytree(pico("llama"), tmp_path / name)
     for name, made in zip(("math", "maths", "code", "coder", "law"), branches(5, 0.05), strict=True):
         shutil.copytree(made, tmp_path / name)
+    for seed, name in enumerate(("math-lora", "code-lora"), 1):
+        write_lora(tmp_path / "llama", tmp_path / name, seed, target_modules=["q_proj", "down_proj"])
     texts = [read_text(name) for name in DEMO_TEXTS]
     for i, name in enumerate(("docs", "code", "news", "math", "law", "my", "check")):
         content = texts[i % len(texts)]

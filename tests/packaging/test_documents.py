@@ -22,6 +22,8 @@ from upcycle.cli.main import cli
 from upcycle.cli.reference.exit_codes_page import EXIT_CODES
 from upcycle.cli.reference.json_page import JSON_KEYS
 from upcycle.cli.reference.write import PAGES, page
+from upcycle.conversion.merge_adapter import Merged
+from upcycle.conversion.merge_check import MergeCheck
 from upcycle.evaluation.compressing.cut_comparison import CutComparison, CutResult
 from upcycle.evaluation.encoders.embeddings import EmbeddingResult
 from upcycle.evaluation.encoders.image_classes import ClassResult
@@ -288,6 +290,8 @@ def test_json_keys(
         "train --show rows": keys_of(ShownRow),
         "train --show documents": keys_of(ShownPart),
         "export": exported,
+        "merge": keys_of(Merged),
+        "merge check": keys_of(MergeCheck),
         "report": reported,
         "report summary": reported["summary"],
         "report quality": reported["quality"],

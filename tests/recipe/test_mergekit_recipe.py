@@ -117,6 +117,13 @@ def test_noise_scales_and_shared_experts_are_those_of_the_recipe(branches: Branc
     assert rows.square().mean().item() == pytest.approx(1 / 32 / 3, rel=4 * (0.8 / rows.numel()) ** 0.5)
 
 
+def test_an_expert_may_be_a_model_with_an_adapter() -> None:
+    content = {"base_model": "a", "experts": [{"source_model": "org/a@rev+org/lora"}, {"source_model": "b"}]}
+    found, _ = translate(content, "moe.yaml")
+    first = found["sources"][0]
+    assert (first["name"], first["revision"]) == ("org/a+org/lora", "rev")
+
+
 @pytest.mark.parametrize(
     ("changes", "message", "hint"),
     [
@@ -128,7 +135,8 @@ def test_noise_scales_and_shared_experts_are_those_of_the_recipe(branches: Branc
         ({"architecture": "deepseek"}, "'architecture' has no counterpart", "mixtral"),
         ({"experts": [{"source_model": "a", "residual_scale": 0}]}, "key 'experts.residual_scale'", None),
         ({"shared_experts": [{"source_model": "a", "noise_scale": -1}]}, "key 'shared_experts.noise_scale'", None),
-        ({"base_model": "org/a+org/lora"}, "'org/a\\+org/lora' adds an adapter", "merge the adapter"),
+        ({"base_model": "org/a+org/lora"}, "'org/a\\+org/lora' adds an adapter", "upcycle merge"),
+        ({"experts": [{"source_model": "org/a+org/lora@main"}]}, "names a revision of an adapter", "its folder"),
         ({"dtype": "int8"}, "key 'dtype'", None),
         ({"experts_per_token": 0}, "key 'experts_per_token'", None),
     ],

@@ -16,7 +16,7 @@ from upcycle.architectures.module_paths import module_paths_of
 from upcycle.architectures.stock import empty_model
 from upcycle.checkpoints.output_layout import OutputEntry, Shard, Unit, shards_of
 from upcycle.checkpoints.shard_writer import Journal, ShardWriter, write_index
-from upcycle.errors import CheckpointError
+from upcycle.errors import CheckpointError, UsageError
 from upcycle.files import records
 from upcycle.files.formats.parsing import read_json
 from upcycle.files.formats.tensor_files import SafetensorsFolder
@@ -86,6 +86,11 @@ def export(
     check_output(out, overwrite)
     saved = _opened(user_path(checkpoint))
     _check_apart(out, saved.folder)
+    if "adapter" in saved.state:
+        raise UsageError(
+            f"{saved.folder} holds an adapter, and not a whole model",
+            hint="the run writes it into RUN/adapter at its end; merge it: upcycle merge RUN/adapter OUT",
+        )
     stored = read_json(saved.folder / STORED_FILE)
     kept = {"dtype": stored["dtype"], "layout": stored["layout"]}
     dtype = kept["dtype"] if dtype == "keep" else dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,20 @@ class SavedRun:
             if tensor.trained and steps:
                 for key in tensors.keys:
                     tensors.set_state(tensor, key, self._read(files, f"{key}:{tensor.name}", shape))
+
+    def load_into(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Copy tensors of this checkpoint into weights of a model that was loaded from elsewhere.
+
+        Args:
+            weights: by the names that they have in the checkpoint.
+
+        Raises:
+            CheckpointError: one is missing, or has another shape.
+        """
+        files = self._files()
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(self._read(files, name, tuple(weight.shape)))
 
     def check_files(self, part: int = 0, parts: int = 1) -> None:
         """Compare files with the hashes they had when they were written.

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
+from upcycle.adapters.live import adapter_of
 from upcycle.registry import load
 from upcycle.trainers.distributed import expert_parallel
 from upcycle.trainers.routing.router_control import NOISE_WEIGHT
@@ -47,7 +48,9 @@ class WholeTensors:
     def __init__(self, engine: Any, keys: Sequence[str]) -> None:
         """``keys``: names of the states that the optimizer keeps of every parameter, such as ``exp_avg``."""
         self.engine, self.keys = engine, tuple(keys)
-        self.stock_tensors = list(_stock_tensors(engine.module))
+        held = adapter_of(engine.module)
+        kept = None if held is None else set(held.names)  # of a model with an adapter, the adapter alone is kept
+        self.stock_tensors = [each for each in _stock_tensors(engine.module) if kept is None or each.name in kept]
 
     def shape(self, tensor: StockTensor) -> tuple[int, ...]:
         """The whole tensor's shape."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from upcycle.adapters.live import adapter_of
 from upcycle.architectures.module_paths import text_config
 from upcycle.trainers.optimizing.parameter_groups import other_parts
 from upcycle.trainers.routing.stock_routers import moe_layers
@@ -41,6 +42,9 @@ def training_flops(model: Any, length: int) -> TrainingFlops:
     share: dict[int, float] = {}
     for layer in moe_layers(model):
         share |= {id(parameter): layer.rule.top_k / layer.rule.experts for parameter in layer.experts.parameters()}
+    held = adapter_of(model)
+    for name, pair in (held.pairs if held else {}).items():  # a token meets the pairs of its experts
+        share |= {id(half): share.get(id(model.get_parameter(name)), 1.0) for half in pair.parameters()}
     embedding = model.get_input_embeddings().weight
     tied = model.get_output_embeddings().weight is embedding
     met = trained = 0.0

@@ -11,8 +11,10 @@ from upcycle.architectures.stock import empty_model
 from upcycle.architectures.towers.composite import refuse_parts
 from upcycle.files.formats.settings import base_type
 from upcycle.models.experts import use_experts
+from upcycle.trainers.adapting.targets import add_adapter
 from upcycle.trainers.forecast.flops import TrainingFlops, training_flops
 from upcycle.trainers.optimizing.parameter_groups import ParameterPart, parts, select
+from upcycle.trainers.recipe.adapter_recipe import AdapterRecipe
 from upcycle.trainers.routing.stock_routers import moe_layers
 
 
@@ -89,6 +91,7 @@ def count_model(
     trained: Sequence[str] = ("all",),
     experts: str = "auto",
     device: str = "cuda",
+    adapter: AdapterRecipe | None = None,
 ) -> ModelCounts:
     """Count the parts of a model, by building its stock class without memory for its weights.
 
@@ -99,6 +102,7 @@ def count_model(
         trained: what trains, in the words of a stage's ``train``.
         experts: transformers' implementation of experts, or ``auto``: the one that training takes on ``device``.
         device: ``cuda`` or ``cpu``.
+        adapter: what trains in the place of the model's weights, if that is so.
 
     Raises:
         CheckpointError: transformers does not know the model.
@@ -107,6 +111,8 @@ def count_model(
     refuse_parts(base_type(raw), "the forecast counts text models alone; upcycle train takes it")
     model = empty_model(raw, where)
     use_experts(model, experts, device)
+    if adapter is not None:
+        add_adapter(model, adapter, 0)
     select(model, trained)
     belongs = parts(model)
     blocks = {id(layer.block) for layer in moe_layers(model)}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from upcycle.adapters.live import parameter_of
 from upcycle.architectures.module_paths import find_module_paths
 from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import read_json
@@ -168,7 +169,7 @@ def _config(model: str) -> tuple[Path, dict[str, Any]]:
 def _counts(
     recipe: TrainRecipe, stage: StageRecipe, folder: Path, raw: dict[str, Any], device: str
 ) -> tuple[ModelCounts, ModelCounts | None]:
-    student = count_model(raw, str(folder), recipe.length, stage.train, recipe.experts, device)
+    student = count_model(raw, str(folder), recipe.length, stage.train, recipe.experts, device, recipe.adapter)
     if stage.distillation is None:
         return student, None
     parent = parent_folder(stage.distillation.parent, folder)
@@ -196,6 +197,8 @@ def _check_own(recipe: TrainRecipe, counts: ModelCounts, world: int) -> None:
 
 def _undividable(recipe: TrainRecipe) -> str:
     """Why the stages of a recipe do not allow experts to be divided; empty if they do."""
+    if recipe.adapter:
+        return "an adapter's pairs are added to whole experts"
     for stage in recipe.stages:
         if stage.control != ControlParameters():
             return f"stage '{stage.name}' has control, which needs stock routers"
@@ -231,7 +234,7 @@ def _pairs(recipe: TrainRecipe, counts: ModelCounts, world: int) -> Iterator[tup
             continue
         if stage != 3 and recipe.zero.offload_weights:
             continue
-        if stage == 3 and any(map(_needs_every_expert, recipe.stages)):
+        if stage == 3 and (recipe.adapter or any(map(_needs_every_expert, recipe.stages))):
             continue
         yield stage, 1
         divisible = stage == 3 or all(map(_trains_experts, recipe.stages))
@@ -277,11 +280,10 @@ def _file_warnings(folder: Path, counts: ModelCounts) -> list[str]:
         return []
     stored = {name: spec.elements for name, spec in SafetensorsFolder(folder).specs.items()}
     head = stored.get(find_module_paths(counts.model_type).head_weight, 0)
-    if counts.elements <= sum(stored.values()) <= counts.elements + head + len(counts.layers) * (counts.experts or 0):
+    elements = sum(weight.elements for weight in counts.weights if parameter_of(weight.name) is None)
+    if elements <= sum(stored.values()) <= elements + head + len(counts.layers) * (counts.experts or 0):
         return []
-    return [
-        f"{folder}: config.json describes {counts.elements:,} weights, and the weight files hold {sum(stored.values()):,}"
-    ]
+    return [f"{folder}: config.json describes {elements:,} weights, and the weight files hold {sum(stored.values()):,}"]
 
 
 def _advice(

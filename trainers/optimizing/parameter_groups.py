@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from upcycle.adapters.live import adapter_of, parameter_of
 from upcycle.errors import UsageError
 from upcycle.trainers.recipe.part_recipes import GroupParameters
 from upcycle.trainers.routing.stock_routers import find_routers, moe_layers, read_by_text, selection_bias
@@ -22,6 +23,8 @@ PARTS: tuple[ParameterPart, ...] = ("router", "experts", "rest")
 def parts(model: nn.Module) -> dict[str, ParameterPart]:
     """The part that each parameter of a model belongs to, by name; in a dense model all are ``rest``.
 
+    A matrix of an adapter belongs to the part of the weight that it is added to.
+
     Shared experts and a shared expert's gate are ``rest``: they are always active, as attention is.
     """
     found: dict[str, ParameterPart] = {name: "rest" for name, _ in model.named_parameters()}
@@ -31,6 +34,9 @@ def parts(model: nn.Module) -> dict[str, ParameterPart]:
             found[names[id(parameter)]] = "router"
         for parameter in layer.experts.parameters():
             found[names[id(parameter)]] = "experts"
+    for name in found:
+        if (weight := parameter_of(name)) is not None:
+            found[name] = found[weight]
     return found
 
 
@@ -57,7 +63,7 @@ def select(model: nn.Module, trained: Sequence[str]) -> dict[str, ParameterPart]
 
     Args:
         model: a stock model; its biases on the choice of experts are never trained, nor are, in a model of parts, those that
-            read no text.
+            read no text. Where it has an adapter, nothing else trains.
         trained: any of ``all``, ``router``, ``experts``, ``rest``, and patterns of parameter names with ``*``.
 
     Raises:
@@ -71,6 +77,8 @@ def select(model: nn.Module, trained: Sequence[str]) -> dict[str, ParameterPart]
         for name, parameter in model.named_parameters()
         if id(parameter) not in biases and name not in outside
     }
+    if (held := adapter_of(model)) is not None:
+        named = {name: named[name] for name in held.names}
     chosen: set[str] = set()
     for word in trained:
         matching = {name for name in named if word in ("all", belongs[name]) or fnmatchcase(name, word)}

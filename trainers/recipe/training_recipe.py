@@ -14,6 +14,7 @@ from upcycle.plugins import StrictSettings
 from upcycle.recipe.conversion_recipe import read_recipe, recipe_error
 from upcycle.recipe.shipped_recipes import needed_recipe_file
 from upcycle.registry import LOSSES, suggestion
+from upcycle.trainers.recipe.adapter_recipe import AdapterRecipe, check_alone
 from upcycle.trainers.recipe.data_recipe import DataRecipe, written_out
 from upcycle.trainers.recipe.part_recipes import (
     AlarmParameters,
@@ -202,6 +203,9 @@ class TrainRecipe(StrictSettings):
     )
     clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0: no clipping")
     optimizer: OptimizerRecipe = Field(default=OptimizerRecipe(), description="the optimizer")
+    adapter: AdapterRecipe | None = Field(
+        None, description="train low-rank matrices beside the weights (LoRA), which stay as they are"
+    )
     dense_states: str | None = Field(
         None, description="a training run of the dense model, whose optimizer states the MoE begins with"
     )
@@ -251,6 +255,8 @@ class TrainRecipe(StrictSettings):
             raise ValueError("zero.stage 0 cannot divide experts among ranks; use 1, 2 or 3")
         if self.zero.offload_weights and self.zero.stage != 3:
             raise ValueError(f"zero.offload_weights needs zero.stage 3, got {self.zero.stage}")
+        if self.adapter:
+            check_alone(self)
         return self
 
     def zero_stage(self, world_size: int) -> int:

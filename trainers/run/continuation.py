@@ -40,7 +40,7 @@ _MISSING = "nothing"
 def run_identity(recipe: TrainRecipe, origin: Path) -> dict[str, Any]:
     """What must be the same on all ranks: the fingerprint of the weights that a run began with, and keys of its recipe."""
     content = recipe.model_dump(mode="json")
-    keys = ("data", "stages", "length", "global_batch", "seed", "dtype", "clip", "optimizer")
+    keys = ("data", "stages", "length", "global_batch", "seed", "dtype", "clip", "optimizer", "adapter")
     data = {**content["data"], "cache": None}  # a cache may lie elsewhere on each machine
     for stage in content["stages"]:
         if stage["distillation"]:

@@ -57,7 +57,10 @@ _FIRST_PROJECTIONS = (".experts.gate_up_proj", ".experts.gate_up", ".experts.up"
 
 @dataclass(frozen=True)
 class TrainResult(HtmlShown):
-    """How a run ended: at its end, or ``stopped`` by a signal. ``validation`` has the last losses in nats per token."""
+    """How a run ended: at its end, or ``stopped`` by a signal. ``validation`` has the last losses in nats per token.
+
+    ``model`` is the folder that was exported: that of the model, or of the adapter that was trained.
+    """
 
     output: str
     step: int
@@ -337,7 +340,7 @@ class _Run:
 
     def _check_room(self, index: int, stage: Stage, done: int) -> list[str]:
         saves = -(-(stage.steps - done) // self.recipe.saving.every)
-        exports = self.recipe.saving.export and index + 1 == len(self.recipe.stages)
+        exports = self.recipe.saving.export and index + 1 == len(self.recipe.stages) and self.recipe.adapter is None
         size = sum(spec.nbytes for spec in SafetensorsFolder(self.origin).specs.values()) if exports else 0
         warning = check_room(self.folder, stage.tensors, saves, self.recipe.saving.keep, size, self.ranks)
         return [warning] if warning else []

@@ -25,7 +25,9 @@ from upcycle.files.output.ownership import (
 )
 from upcycle.files.records import RECIPE_FILE
 from upcycle.progress import Progress
+from upcycle.trainers.adapting.peft_folder import write_peft_folder
 from upcycle.trainers.checkpoints.prepare_model import collect_small_files
+from upcycle.trainers.checkpoints.read import open_checkpoint
 from upcycle.trainers.checkpoints.write import put_aside, remove_unfinished
 from upcycle.trainers.data.chat_templates import CHAT_TEMPLATE_FILE
 from upcycle.trainers.data.packing import PackedBatch
@@ -35,6 +37,7 @@ from upcycle.trainers.run.run_start import faults_together
 from upcycle.trainers.run.step_reports import LOG, Reports
 
 MODEL_FOLDER = "model"  # what a run exports at its end
+ADAPTER_FOLDER = "adapter"  # what a run exports that trained an adapter
 
 
 def check_run_folder(folder: Path, origin: Path, exports: bool, ranks: Ranks) -> None:
@@ -61,14 +64,15 @@ def _check_run_folder(real: Path, origin: Path, exports: bool) -> None:
     if not is_run(real):
         if folder_kind(real) in ("result", "working"):
             raise UsageError(f"{real} holds a model, not a training run", hint="choose another output")
-        names = (RUN, RECIPE_FILE, LOG, CHECKPOINTS, MODEL_FOLDER)
+        names = (RUN, RECIPE_FILE, LOG, CHECKPOINTS, MODEL_FOLDER, ADAPTER_FOLDER)
         if taken := next((name for name in names if _holds_something(real / name)), None):
             raise UsageError(
                 f"{real / taken} was not written by a training run of upcycle, and would be overwritten",
                 hint="choose another output, or move it away",
             )
     elif exports:
-        check_output(real / MODEL_FOLDER, overwrite=True)
+        for name in (MODEL_FOLDER, ADAPTER_FOLDER):
+            check_output(real / name, overwrite=True)
 
 
 def _holds_something(path: Path) -> bool:
@@ -159,7 +163,9 @@ def open_run(
 
 
 def export_model(folder: Path, checkpoint: Path | None, ranks: Ranks, say: Callable[[str], None]) -> Path:
-    """Write the last checkpoint into the run's ``model`` folder as stock transformers store it; returns that folder.
+    """Write the last checkpoint into the run's ``model`` folder as stock transformers stores it; returns that folder.
+
+    An adapter is written into its ``adapter`` folder, as PEFT stores it.
 
     Raises:
         UpcycleError: it cannot be written; the checkpoint stays.
@@ -170,12 +176,16 @@ def export_model(folder: Path, checkpoint: Path | None, ranks: Ranks, say: Calla
         def note(self, message: str) -> None:
             say(message)
 
-    out = folder / MODEL_FOLDER
+    assert checkpoint
+    saved = open_checkpoint(checkpoint)
+    out = folder / (ADAPTER_FOLDER if "adapter" in saved.state else MODEL_FOLDER)
     error: BaseException | None = None
     if ranks.first:
-        assert checkpoint
         try:
-            export(checkpoint, out, overwrite=True, progress=Says())
+            if "adapter" in saved.state:
+                write_peft_folder(saved, out, overwrite=True, progress=Says())
+            else:
+                export(checkpoint, out, overwrite=True, progress=Says())
         except Exception as fault:
             error = fault
     ranks.raise_together(error)

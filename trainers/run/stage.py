@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 
+from upcycle.adapters.live import adapter_of
 from upcycle.architectures.stock_auto import is_encoder
 from upcycle.errors import UpcycleError, UsageError
 from upcycle.files.user_paths import user_path
 from upcycle.models.load import load_model
 from upcycle.models.own.factored_experts import FactoredExperts
 from upcycle.models.own.moe_block import PackedExperts
+from upcycle.trainers.adapting.peft_folder import description
+from upcycle.trainers.adapting.targets import add_adapter, unpaired_warning
 from upcycle.trainers.checkpoints.dense_states import DenseStates
 from upcycle.trainers.checkpoints.prepare_model import check_parent, parent_folder, prepare_model
 from upcycle.trainers.checkpoints.read import SavedRun
@@ -72,7 +75,9 @@ class Stage:
         self.rates, self.schedule = recipe.rate_and_schedule(stage_recipe)
         # Into the host's memory: DeepSpeed moves to the device what each rank keeps. A checkpoint's fp32 weights follow below.
         dtype = getattr(torch, recipe.dtype)
-        self.model = load_model(saved.folder if saved else origin, dtype, experts=recipe.experts, training=True)
+        # The checkpoints of an adapter hold it alone.
+        folder = saved.folder if saved and recipe.adapter is None else origin
+        self.model = load_model(folder, dtype, experts=recipe.experts, training=True)
         self.masks = is_encoder(self.model.config)  # it is a masked language model: load_model loads no other encoder
         self._check_objective(stage_recipe.data or recipe.data)
         check_fits(self.model.config, tokenizer, recipe.length)
@@ -80,6 +85,7 @@ class Stage:
         checkpointing = recipe.activation_checkpointing
         prepare_model(self.model, checkpointing=checkpointing, activation=stage_recipe.activation, where=recipe.model)
         self.stepper = Stepper(self.model, stage_recipe, ranks, self._parent(origin, ranks), recipe.clip)
+        adapted = self._adapt(saved)
         divided = recipe.expert_parallel > 1
         if divided and stage_recipe.control != ControlParameters():
             raise UsageError(
@@ -119,7 +125,7 @@ class Stage:
             )
         # The warning is about AdamW, whose steps are as large as the learning rate; SGD's shrink with the gradient.
         lost = None if recipe.optimizer.name == "sgd" else router_warning(self.model, self.rates, origin)
-        read = unread_warning(self.model), untaught_warning(self.model)
+        read = unread_warning(self.model), untaught_warning(self.model), adapted
         self.warnings = [
             text for text in (frozen_parts(self.model), leak, lost, self.stepper.control.unexported, *read) if text
         ]
@@ -168,8 +174,9 @@ class Stage:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must keep of losses, balance and data, as JSON."""
-        balance = self.stepper.balance
+        balance, adapter = self.stepper.balance, self.recipe.adapter
         return {
+            **({"adapter": description(self.model, adapter, self.recipe.model)} if adapter else {}),
             "losses": {loss.name: loss.state() for loss in self.stepper.losses},
             "balance": balance.state() if balance else None,
             "data": self.stream.state(),
@@ -189,6 +196,17 @@ class Stage:
         self.engine.destroy()
         del self.engine, self.tensors, self.model, self.stepper
         gc.collect()
+
+    def _adapt(self, saved: SavedRun | None) -> str | None:
+        """Give the model the recipe's adapter, if it has one, as the checkpoint has it; returns a warning, if there is one."""
+        recipe = self.recipe.adapter
+        if recipe is None:
+            return None
+        add_adapter(self.model, recipe, self.recipe.seed)
+        held = adapter_of(self.model)
+        if saved and held:
+            saved.load_into({name: self.model.get_parameter(name) for name in held.names})
+        return unpaired_warning(self.model, recipe)
 
     def _parent(self, origin: Path, ranks: Ranks) -> Parent | None:
         distillation = self.stage_recipe.distillation

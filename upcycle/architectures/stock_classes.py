@@ -26,8 +26,11 @@ def stock_shapes(raw: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes if settings.tie_word_embeddings else {**shapes, paths.head_weight: head}
 
 
-def stock_name_of(model: Any, stored: Iterable[str]) -> dict[str, str]:
-    """Return, by stored name, the name of the weight that transformers makes of that tensor, alone or with others."""
+def stock_name_of(model: Any, stored: Iterable[str], only_renamed: bool = False) -> dict[str, str]:
+    """Return, by stored name, the name of the weight that transformers makes of that tensor, alone or with others.
+
+    With ``only_renamed``, tensors of which it makes something else than a copy are left out.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -35,7 +38,8 @@ def stock_name_of(model: Any, stored: Iterable[str]) -> dict[str, str]:
     renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
     converters = [one for one in mapping if isinstance(one, WeightConverter)]
     own, prefix = model.state_dict(), model.base_model_prefix
-    return {name: rename_source_key(name, renamings, converters, prefix, own)[0] for name in stored}
+    found = {name: rename_source_key(name, renamings, converters, prefix, own) for name in stored}
+    return {name: target for name, (target, pattern) in found.items() if not only_renamed or pattern is None}
 
 
 def rows_of_stock(model: Any, stored: Iterable[str]) -> dict[str, list[list[str]]] | None:

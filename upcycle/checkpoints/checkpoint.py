@@ -16,12 +16,15 @@ from upcycle.checkpoints.tensor_store import RenamedStore, TensorStore
 from upcycle.errors import CheckpointError
 from upcycle.files.formats.packed_folder import tensors_of
 from upcycle.files.formats.tensor_files import CONFIG, read_config
+from upcycle.files.formats.tensor_names import refuse_quantized
 from upcycle.files.locate import Source, locate
+from upcycle.files.locate_adapted import ADAPTER_CONFIG, ADAPTER_WEIGHTS, locate_adapted
 
 if TYPE_CHECKING:
     import torch
     from typing_extensions import Self
 
+    from upcycle.adapters.adapted_store import AdaptedStore
     from upcycle.ffn.feed_forward import FeedForward
     from upcycle.files.formats.gguf_file import GgufFile
 
@@ -32,6 +35,8 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 class Checkpoint:
     """A model on disk: its ``config.json``, and its tensors, each of which is read when asked for.
 
+    Where the source has a LoRA adapter, it is added to the tensors while they are read, and ``adapted`` is what adds it.
+
     Raises:
         CheckpointError: the folder or file is damaged.
     """
@@ -39,6 +44,7 @@ class Checkpoint:
     def __init__(self, source: Source) -> None:
         self.source = source
         self.store: TensorStore
+        self.adapted: AdaptedStore | None = None
         if source.path.is_file():
             from upcycle.files.formats.gguf_file import GgufFile
 
@@ -49,11 +55,23 @@ class Checkpoint:
             self.raw_config = read_config(source.path)
             config_bytes = (source.path / CONFIG).read_bytes()
         self._identify()
-        self.store = self._named(gguf if source.path.is_file() else tensors_of(source.path, self.raw_config))
+        self.store = self._named(gguf if source.path.is_file() else self._folder())
         if self.raw_config.get("tie_word_embeddings") is not False and self._has_another_head():
             self.raw_config = untied(self.raw_config)
         self._opened = self.version
         self.fingerprint = hashlib.sha256(config_bytes + self.store.fingerprint.encode()).hexdigest()
+
+    def _folder(self) -> TensorStore:
+        """Return the tensors of the source's folder, with its adapter, if it has one."""
+        stored = tensors_of(self.source.path, self.raw_config)
+        if self.source.adapter is None:
+            return stored
+        from upcycle.adapters.adapted_store import AdaptedStore
+        from upcycle.adapters.folder import AdapterFolder
+
+        refuse_quantized(stored.specs, self.raw_config, str(self.source.path))
+        self.adapted = AdaptedStore(stored, AdapterFolder(self.source.adapter), self.raw_config, str(self.source.path))
+        return self.adapted
 
     def _has_another_head(self) -> bool:
         """Return whether a head is stored that differs from the embedding.
@@ -90,13 +108,15 @@ class Checkpoint:
     @property
     def paths(self) -> list[Path]:
         """The folders and files that are read, one per source."""
-        return [self.source.path]
+        return [self.source.path, *([self.source.adapter] if self.source.adapter else [])]
 
     @property
     def modified(self) -> list[int]:
         """The modification time of each weight file, in nanoseconds."""
         path = self.source.path
         files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+        if self.source.adapter:
+            files += [self.source.adapter / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
         return [file.stat().st_mtime_ns for file in files]
 
     @property
@@ -219,7 +239,12 @@ class DenseCheckpoint(Checkpoint):
 
     @classmethod
     def open(
-        cls, source: str, revision: str | None = None, tried: Tried | None = None, parts: tuple[str, ...] = ()
+        cls,
+        source: str,
+        revision: str | None = None,
+        tried: Tried | None = None,
+        parts: tuple[str, ...] = (),
+        adapters: bool = False,
     ) -> Self:
         """Open the source that the user named; see :meth:`Checkpoint.open`.
 
@@ -228,8 +253,10 @@ class DenseCheckpoint(Checkpoint):
             revision: of the hub.
             tried: reads the configuration of a model that nobody described.
             parts: those of a model of parts that are converted; empty: its text model.
+            adapters: whether the source may also be a LoRA folder, or ``MODEL+ADAPTER``. What reads the folder of the source itself,
+                and not through this checkpoint, would miss the adapter.
         """
-        return cls(locate(source, revision), tried, parts)
+        return cls((locate_adapted if adapters else locate)(source, revision), tried, parts)
 
     def _identify(self) -> None:
         self.family: Family = family_of(self.raw_config, str(self.source.path), self._tried, self._parts)

@@ -123,7 +123,11 @@ def license_of(checkpoint: Checkpoint) -> License | None:
     if isinstance(checkpoint.store, GgufFile):
         keys = "general.license", "general.license.name", "general.license.link"
         return _of_keys({key: checkpoint.store.metadata(key) for key in keys}, *keys)
-    return _of_folder(checkpoint.source.path)
+    own, adapter = _of_folder(checkpoint.source.path), checkpoint.source.adapter
+    added = _of_folder(adapter) if adapter else None
+    if added is None or own is None or added == own:
+        return own or added
+    return License(OTHER, f"{own} and {added}")
 
 
 def license_record(checkpoint: Checkpoint) -> dict[str, str | None] | None:

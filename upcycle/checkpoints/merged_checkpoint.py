@@ -176,7 +176,8 @@ class MergedCheckpoint(JoinedCheckpoint):
         super().__init__((*members, base), dtype, tokenizers)
         self.store = merged = MergedStore(members, weights)
         self.parts = merged.parts  # (member, weight) for each weight that is not 0
-        self.source = replace(base.source, name=" + ".join(member.source.name for member in members))
+        self.source = replace(base.source, name=" + ".join(member.source.name for member in members), adapter=None)
+        self.adapted = None  # the members' adapters are in their tensors
         self.fingerprint = hashlib.sha256((self.fingerprint + self.store.fingerprint).encode()).hexdigest()
 
 

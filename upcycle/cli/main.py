@@ -48,6 +48,7 @@ VERB_GROUPS = {
     "Train": {
         "train": "train",
         "export": "export",
+        "merge": "adapting.merge",
     },
     "Publish": {
         "card": "card",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from upcycle.errors import UsageError
 from upcycle.files.names import WRITTEN
 from upcycle.planning.job import PlannedJob
 
@@ -62,6 +63,11 @@ class TokensRead:
         """
         if self.own is None:
             return self
+        if checkpoint.source.adapter is not None:
+            raise UsageError(
+                f"text of its own is written by a whole model, and {checkpoint.source.name} is an adapter",
+                hint="merge it first: upcycle merge ADAPTER OUT; or calibrate on other text",
+            )
         from upcycle.calibration.own_text import with_own_text
 
         windows, about = with_own_text(self.own, self.windows, checkpoint.source.path, folder / WRITTEN, progress)

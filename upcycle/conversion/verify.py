@@ -52,7 +52,8 @@ def verify(
     merged_by = (record.get("merging") or {}).get("text")  # text that decided which sources are merged was read, too
     read = record.get("calibration") is not None or bool(merged_by)
     windows = token_windows(job, checkpoint, text, tokens, read)
-    result = job.verify(checkpoint, folder, windows, progress, record.get("training"))
+    since = {**(record.get("training") or {}), **({"adapters": record["adapters"]} if record.get("adapters") else {})}
+    result = job.verify(checkpoint, folder, windows, progress, since or None)
     try:
         records.write_verification(folder, result.as_dict())
     except OSError as error:

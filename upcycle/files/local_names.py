@@ -57,9 +57,16 @@ class LocalNames:
 
     def remember(self, folder: Path, recipe: str) -> None:
         """Write names and absolute paths into ``folder``, marked as belonging to ``recipe``, the text of its recipe.yaml."""
-        absolute = {name: str(user_path(path).absolute()) for name, path in self.paths.items()}
+        absolute = {name: _absolute(path) for name, path in self.paths.items()}
         content = {"about": _hash(recipe.encode()), "paths": absolute}
         (folder / LOCAL_NAMES_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _absolute(path: str) -> str:
+    """Return a path, or each of those in ``MODEL+ADAPTER``, as it is found from every folder."""
+    if user_path(path).exists() or "+" not in path:
+        return str(user_path(path).absolute())
+    return "+".join(str(user_path(part).absolute()) if user_path(part).exists() else part for part in path.split("+"))
 
 
 def without_paths(content: Any) -> Any:

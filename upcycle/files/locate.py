@@ -18,11 +18,15 @@ _WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*",
 
 @dataclass(frozen=True)
 class Source:
-    """Holds where a source is on this machine: ``path`` is a folder or a ``.gguf`` file."""
+    """Holds where a source is on this machine: ``path`` is a folder or a ``.gguf`` file.
+
+    ``adapter`` is the LoRA folder that is added to its weights while they are read, if any.
+    """
 
     name: str  # as the user wrote it
     path: Path
     revision: str | None = None  # resolved commit of a hub id
+    adapter: Path | None = None
 
 
 def is_local(name: str) -> bool:
@@ -30,13 +34,16 @@ def is_local(name: str) -> bool:
     return name == "demo" or user_path(name).exists()
 
 
-def locate(name: str, revision: str | None = None, config_only: bool = False) -> Source:
+def locate(
+    name: str, revision: str | None = None, config_only: bool = False, wanted: tuple[str, ...] = _WANTED
+) -> Source:
     """Find the source called ``name``, and download it from the hub when it is not local.
 
     Args:
         name: a folder, a ``.gguf`` file, a hub id, or ``demo``.
         revision: branch, tag or commit of a hub id; default: the main branch.
         config_only: download only ``config.json``.
+        wanted: patterns of the files to download otherwise.
 
     Raises:
         UsageError: there is no such folder, file, repository or revision.
@@ -56,9 +63,11 @@ def locate(name: str, revision: str | None = None, config_only: bool = False) ->
     if not _HUB_ID.fullmatch(name) or name.endswith((".gguf", ".yaml", ".yml")):
         raise UsageError(
             f"no such file or folder: {name}",
-            hint="a source is a local folder, a .gguf file, a hub id (org/name), or demo",
+            hint="an adapter is merged first: upcycle merge ADAPTER OUT --base MODEL"
+            if "+" in name
+            else "a source is a local folder, a .gguf file, a hub id (org/name), or demo",
         )
-    return _from_hub(name, revision, ("config.json",) if config_only else _WANTED)
+    return _from_hub(name, revision, ("config.json",) if config_only else wanted)
 
 
 def _from_hub(name: str, revision: str | None, wanted: tuple[str, ...]) -> Source:

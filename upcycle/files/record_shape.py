@@ -48,6 +48,7 @@ _OPTIONAL: Mapping[str, ValueKind] = {
     "calibration": MAPPING.optional,
     "merging": MAPPING.optional,
     "training": MAPPING.optional,
+    "adapters": _SOURCES.optional,
 }
 
 

@@ -202,7 +202,9 @@ def layers_of(
     """
     from upcycle.checkpoints.merged_checkpoint import MergedCheckpoint
 
-    rounding = None if dtype is None else partial(_rounded, checkpoint, dtype)
+    rounding: Rounding | None = None if dtype is None else partial(_rounded, checkpoint, dtype)
+    if checkpoint.adapted is not None:
+        rounding = _after(checkpoint.adapted.adapted, rounding)
     if isinstance(checkpoint, MergedCheckpoint):
         parts = checkpoint.parts
         # A conversion's source is the mean rounded to its stored dtype: MeanLayers rounds before anything else is done.
@@ -220,7 +222,7 @@ def whole_model(checkpoint: Checkpoint, dtype: str | None = None) -> Any:
     """Load the source that :func:`layers_of` opens as a whole; of a folder, this is what ``from_pretrained`` returns."""
     from upcycle.checkpoints.merged_checkpoint import MergedCheckpoint
 
-    if isinstance(checkpoint, MergedCheckpoint) or checkpoint.source.path.is_file():
+    if isinstance(checkpoint, MergedCheckpoint) or checkpoint.adapted is not None or checkpoint.source.path.is_file():
         layers = layers_of(checkpoint, dtype)
         for index in range(len(_layers(layers.model))):
             layers.load(index)
@@ -230,6 +232,10 @@ def whole_model(checkpoint: Checkpoint, dtype: str | None = None) -> Any:
         for index in (None, *range(len(_layers(model)))):
             round_weights(model, index, partial(_rounded, checkpoint, dtype))
     return model
+
+
+def _after(first: Rounding, then: Rounding | None) -> Rounding:
+    return lambda name, weight: first(name, weight) if then is None else then(name, first(name, weight))
 
 
 def rounds(model: Any, checkpoint: Checkpoint, dtype: str) -> bool:

@@ -14,7 +14,7 @@ from upcycle.checkpoints.mixed_checkpoint import Mix
 from upcycle.files.formats.tensor_files import read_config
 from upcycle.files.formats.tensor_names import refuse_said_quantized
 from upcycle.files.formats.tensor_spec import TensorSpec
-from upcycle.files.locate import locate
+from upcycle.files.locate_adapted import locate_adapted
 from upcycle.methods.base import AnyMethod, refuse_sources
 from upcycle.methods.growing.base import Described
 from upcycle.methods.mixing.base import mixing
@@ -69,7 +69,7 @@ def describe_moe(recipe: Recipe, method: AnyMethod) -> Described:
     Raises:
         UpcycleError: the source is not found, or is not a MoE of a known architecture.
     """
-    raw = read_config(locate(recipe.source, recipe.revision, config_only=True).path)
+    raw = read_config(locate_adapted(recipe.source, recipe.revision, config_only=True).path)
     moe_family(raw, recipe.source)
     refuse_said_quantized(raw, recipe.source)
     added = None
@@ -90,7 +90,7 @@ def _specs(shapes: Mapping[str, tuple[int, ...]], dtype: str | None) -> dict[str
 def _config(
     name: str, revision: str | None, tried: Tried | None = None, parts: tuple[str, ...] = ()
 ) -> tuple[dict[str, Any], Family, DenseConfig]:
-    raw = read_config(locate(name, revision, config_only=True).path)
+    raw = read_config(locate_adapted(name, revision, config_only=True).path)
     family = family_of(raw, name, tried, parts)
     refuse_said_quantized(raw, name)
     return raw, family, family.config(raw, f"{name}: config.json")

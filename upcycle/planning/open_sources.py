@@ -15,7 +15,8 @@ from upcycle.checkpoints.merged_checkpoint import weighted_mean
 from upcycle.checkpoints.mixed_checkpoint import Mix, MixedCheckpoint
 from upcycle.errors import UsageError
 from upcycle.files.formats.tensor_files import read_config
-from upcycle.files.locate import is_local, locate
+from upcycle.files.locate import locate
+from upcycle.files.locate_adapted import is_local_adapted, names_adapter
 from upcycle.methods.base import refuse_sources
 from upcycle.methods.mixing.base import mixing
 
@@ -31,17 +32,23 @@ def open_sources(recipe: Recipe, method: AnyMethod) -> Checkpoint:
     Raises:
         UpcycleError: a source cannot be opened, or the sources do not belong together.
     """
+    if names_adapter(recipe.source) and not (recipe.sources and mixing(method)):
+        raise UsageError(
+            f"source: {recipe.source} is a LoRA adapter, and the model that is converted must be whole",
+            hint="merge it first: upcycle merge ADAPTER OUT; only `sources` of mixing methods may be adapters",
+        )
     if method.takes == "moe":
         if method.takes_sources:
             return _extended(recipe)
         from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 
         return MoeCheckpoint.open(recipe.source, recipe.revision)
-    base = DenseCheckpoint.open(recipe.source, recipe.revision, tried(recipe), recipe.parts)
+    mixed = bool(recipe.sources)
+    base = DenseCheckpoint.open(recipe.source, recipe.revision, tried(recipe), recipe.parts, adapters=mixed)
     if not recipe.sources:
         return base
     mixes = mixing(method) or refuse_sources(method, len(recipe.sources))
-    members = [DenseCheckpoint.open(source.name, source.revision) for source in recipe.sources]
+    members = [DenseCheckpoint.open(source.name, source.revision, adapters=True) for source in recipe.sources]
     return mix_sources(recipe, mixes, base, members)
 
 
@@ -138,4 +145,4 @@ def sources_record(checkpoint: Checkpoint, recipe: Recipe) -> list[dict[str, Any
 
 def all_local(recipe: Recipe) -> bool:
     """Return whether every source of a recipe is on this machine, so that nothing is downloaded."""
-    return all(is_local(name) for name in (recipe.source, *(source.name for source in recipe.sources)))
+    return all(is_local_adapted(name) for name in (recipe.source, *(source.name for source in recipe.sources)))

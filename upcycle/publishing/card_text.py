@@ -121,10 +121,10 @@ def _running(facts: Facts, shared: str) -> str:
 
 
 def _history(record: dict[str, Any]) -> str:
-    training = record.get("training")
-    if not training:
-        return "It has not been trained since."
-    return f"It was then trained for {training['step']:,} steps on {training['tokens']:,} tokens."
+    training, adapters = record.get("training"), record.get("adapters") or []
+    said = [f"It was then trained for {training['step']:,} steps on {training['tokens']:,} tokens."] if training else []
+    said += [f"A LoRA adapter, {plain(entry['name'])}, was merged into its weights." for entry in adapters]
+    return " ".join(said) or "It has not been trained since."
 
 
 def _method(facts: Facts) -> str:
@@ -310,7 +310,7 @@ def _unit(measured: Mapping[str, Any]) -> str:
 def _limits(facts: Facts) -> Iterator[str]:
     record, measured = facts.record, facts.verification
     encoder = bool(measured and measured.get("compared") == STATES)
-    plan, trained = record["plan"], bool(record.get("training"))
+    plan, trained = record["plan"], bool(record.get("training") or record.get("adapters"))
     source = "its source" if facts.grown else "the dense model"
     yield (
         f"It knows no more than {source}, and has its biases and its terms of use."

@@ -130,12 +130,15 @@ def _model(name: str, where: str, key: str) -> tuple[str, str | None]:
     """Return a folder or hub id and its revision."""
     if user_path(name).exists():
         return name, None
-    if "+" in name:
+    model, _, adapter = name.partition("+")
+    if adapter and key != "source_model":
         raise _unmapped(
-            where, key, f"'{name}' adds an adapter", "merge the adapter into its model first, and name the result"
+            where, key, f"'{name}' adds an adapter", "merge it first, and name OUT: upcycle merge ADAPTER OUT"
         )
-    model, _, revision = name.partition("@")
-    return model, revision or None
+    if "@" in adapter:
+        raise _unmapped(where, key, f"'{name}' names a revision of an adapter", "download it, and name its folder")
+    model, _, revision = model.partition("@")
+    return f"{model}+{adapter}" if adapter else model, revision or None
 
 
 def _unmapped(where: str, key: str, why: str, hint: str) -> UsageError:

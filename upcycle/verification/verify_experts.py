@@ -138,7 +138,12 @@ def _trained(
 
     It computes another function than its dense parent; the promise is only that it is whole and its logits are finite.
     """
-    done = f"trained for {training['step']:,} steps, {training['tokens']:,} tokens, since it was converted"
+    steps = f"trained for {training['step']:,} steps, {training['tokens']:,} tokens" if "step" in training else ""
+    merged = ", ".join(entry["name"] for entry in training.get("adapters", ()))
+    done = (
+        " and ".join(filter(None, (steps, f"given an adapter ({merged})" if merged else "")))
+        + ", since it was converted"
+    )
     return Verification(
         verdict="broken" if measured.totals.fault else "approximate",
         explanation=measured.totals.fault or done + measured.remarks + layers.remark,

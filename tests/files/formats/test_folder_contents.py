@@ -19,8 +19,8 @@ from upcycle.files.formats.tensor_files import SINGLE
 # files -> words of the message
 WITHOUT_CONFIG: dict[tuple[str, ...], tuple[str, ...]] = {
     (): ("is an empty folder", "config.json is missing"),
-    ("adapter_config.json", "adapter_model.safetensors"): ("LoRA adapter", "merge_and_unload"),
-    ("adapter_model.bin",): ("LoRA adapter", "merge_and_unload"),
+    ("adapter_config.json", "adapter_model.safetensors"): ("LoRA adapter", "upcycle merge"),
+    ("adapter_model.bin",): ("LoRA adapter", "upcycle merge"),
     ("m.Q4_K_M.gguf",): ("GGUF files (m.Q4_K_M.gguf)", "name the .gguf file itself"),
     ("consolidated.safetensors", "params.json"): ("Mistral's own format", "consolidated"),
     ("consolidated.00.pth", "params.json"): ("maker's own format", "config.json is missing"),

@@ -41,6 +41,8 @@ JSON_KEYS = {
     "convert layers of a narrower model": "layer attention neurons ffn",
     "observe": "out experts top_k tokens layers",
     "observe layers": "layer unused few",
+    "merge": "out base adapter dtype changed bytes check",
+    "merge check": "error rounding_error change tolerance tokens",
     "pack and unpack": "out bytes bytes_packed ternary bits_per_weight",
     "convert layers of symphony": "layer similarity_stored similarity_aligned",
     "compare": "source dense unseen calibration_tokens evaluation_tokens results skipped timing goal",

@@ -14,6 +14,9 @@ _CITED = re.compile(r"(?:arxiv\.org/abs/|arXiv:? ?)(\d{4}\.\d{5})")
 _FOLDERS = ("upcycle", "splitters", "trainers", "kernels", "configs")
 TITLES = {
     "1810.04805": "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding",
+    "2106.09685": "LoRA: Low-Rank Adaptation of Large Language Models",
+    "2312.03732": "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA",
+    "2402.09353": "DoRA: Weight-Decomposed Low-Rank Adaptation",
     "1910.14659": "Masked Language Model Scoring",
     "2201.10890": "One Student Knows All Experts Know: From Sparse to Dense",
     "2406.02500": "Demystifying the Compression of Mixture-of-Experts Through a Unified Framework",

@@ -13,6 +13,7 @@ from upcycle.cli.shared.completion import recipe_names
 from upcycle.cli.shared.options import assigned, common_options, quiet_option
 from upcycle.cli.shared.output import print_facts, print_json, print_message, warn
 from upcycle.errors import UsageError
+from upcycle.files.locate_adapted import is_adapter
 from upcycle.formatting import duration
 from upcycle.trainers.distributed.signals import INTERRUPTED
 
@@ -180,7 +181,9 @@ def _facts(result: Any) -> list[tuple[str, str]]:
         ("checkpoint", result.checkpoint),
     ]
     if result.model:
-        facts += [("model", result.model), ("next", f"upcycle evaluate {result.model}")]
+        adapted = is_adapter(Path(result.model))
+        following = f"upcycle merge {result.model} OUT" if adapted else f"upcycle evaluate {result.model}"
+        facts += [("adapter" if adapted else "model", result.model), ("next", following)]
     elif result.stopped:
         facts.append(("to continue", _again()))
     else:

@@ -26,10 +26,7 @@ class _Kind:
     hint: str
 
 
-_MERGE = (
-    "merge it into its base model first: "
-    "PeftModel.from_pretrained(base, ADAPTER).merge_and_unload().save_pretrained(FOLDER), and convert FOLDER"
-)
+_MERGE = "merge it into its base model first: upcycle merge ADAPTER FOLDER, and name FOLDER"
 _SAVE = "model.save_pretrained(FOLDER) with transformers, if you trust the weights, and convert FOLDER"
 # The first kind of which something is found is the one that the message names.
 _INSTEAD_OF_WEIGHTS = (
