@@ -54,7 +54,7 @@ def test_rows_are_masked_alike_however_they_are_divided(tmp_path: Path, tokenize
     plain = batches(recipe, tokenizer)
     for micro, world in ((1, 1), (2, 2), (1, 4)):
         other = batches(recipe, tokenizer, micro, world)
-        for name in ("ids", "given", "mask", "text"):
+        for name in ("ids", "given", "mask", "unpadded"):
             assert torch.equal(together(plain, name), together(other, name)), (name, micro, world)
     assert not torch.equal(together(plain, "mask"), together(batches(recipe, tokenizer, seed=4), "mask"))
     again = open_stream(recipe, tokenizer, length=LENGTH, micro_batch=4, rank=0, world_size=1, seed=3, masks=True)
@@ -72,7 +72,7 @@ def test_rows_are_masked_alike_however_they_are_divided(tmp_path: Path, tokenize
 
 def test_as_many_are_masked_as_asked_for_and_documents_have_their_frame(tmp_path: Path, tokenizer: Any) -> None:
     found = batches(data(tmp_path, fraction=0.25, masked=0.5, random=0.3), tokenizer)
-    ids, given, mask, text = (together(found, name) for name in ("ids", "given", "mask", "text"))
+    ids, given, mask, text = (together(found, name) for name in ("ids", "given", "mask", "unpadded"))
     special = ids < len(SPECIAL)
     assert not (mask & special).any()
     assert not mask[:, 0].any()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 from markupsafe import Markup
 
 from upcycle.report.drawing.frame import Axis, Plot, cell_ticks
 from upcycle.report.drawing.png import STOPS, png_uri
+
+MOST_CELLS = 4096  # whose numbers are written out; of more, so many steps of the scale are told apart
+CODES = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-_"  # the last: no number
 
 Grid = Sequence[Sequence[float | None]]
 
@@ -63,6 +68,24 @@ def heatmap(
             "columns": columns[0],
             "names": [list(rows[1]), list(columns[1])],
             "unit": unit,
-            "cells": [list(row) for row in matrix],
+            **_cells(matrix, low, high),
         },
     )
+
+
+def _cells(matrix: Grid, low: float, high: float) -> dict[str, Any]:
+    """Return a matrix for the page's script: numbers or, to keep the page light, a character per cell for its place on the scale."""
+    if sum(map(len, matrix)) <= MOST_CELLS:
+        return {"cells": [list(row) for row in matrix]}
+    steps = len(CODES) - 2
+    return {
+        "scale": [low, high],
+        "codes": ["".join(CODES[_step(value, low, high, steps)] for value in row) for row in matrix],
+    }
+
+
+def _step(value: float | None, low: float, high: float, steps: int) -> int:
+    """Return the place of a number on a scale of steps; one more than these for none."""
+    if value is None or not math.isfinite(value):
+        return steps + 1
+    return round(min(1.0, max(0.0, (value - low) / (high - low))) * steps)

@@ -20,6 +20,15 @@
     return size >= 1e6 || (size && size < 1e-3) ? value.toExponential(2) : String(+value.toPrecision(4));
   };
 
+  // Cells of a large grid come as a character each: its place on the scale, the last of them for none.
+  const codes = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-_";
+  const decoded = v => {
+    if (!v.codes) return v;
+    const [low, high] = v.scale, steps = codes.length - 2;
+    const value = code => codes.indexOf(code) > steps ? null : low + codes.indexOf(code) / steps * (high - low);
+    return { ...v, cells: v.codes.map(row => [...row].map(value)) };
+  };
+
   // A figure's values as a table, and in words at a place (0 to 1 from the left and from the top).
   const kinds = {
     grid: {
@@ -116,7 +125,7 @@
   for (const figure of document.querySelectorAll("figure.plot")) {
     const block = figure.querySelector("script.values");
     if (!block) continue;
-    const values = JSON.parse(block.textContent);
+    const values = decoded(JSON.parse(block.textContent));
     const title = figure.querySelector("figcaption strong").textContent;
     const name = title.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-|-$/g, "");
     const rows = () => kinds[values.kind].table(values);
