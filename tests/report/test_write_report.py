@@ -139,7 +139,7 @@ def test_the_first_questions_are_answered(pico: Pico, tmp_path: Path) -> None:
     assert copies["What next?"][1].startswith("upcycle train upcycle_cpt --model")
     split = answered(method="random_split")
     assert split["May I use it?"][0].startswith(("With care", "Not as it is", "Yes: on the text"))
-    assert "Predicted, relative to its parent" in split["Is it faster?"][0]
+    assert split["Is it faster?"][0].startswith(("Predicted, relative to its parent", "Not known"))
     assert split["What next?"][1].startswith("upcycle train heal_distill --model")
 
 

@@ -16,7 +16,7 @@ from upcycle.report.data.routing import Choices, routing_data
 from upcycle.report.drawing.bars import Bar, BarChart
 from upcycle.report.drawing.diagram import layers_diagram
 from upcycle.report.drawing.frame import cell_ticks, nice_ticks, number
-from upcycle.report.drawing.heatmap import CODES
+from upcycle.report.drawing.heatmap import CELL_CODES
 from upcycle.report.drawing.lines import Series, lines
 from upcycle.report.drawing.png import NO_DATA, STOPS, png_uri
 from upcycle.report.sections.routing import routing_view
@@ -135,7 +135,7 @@ def test_192_experts_in_30_layers_stay_light() -> None:
     assert (len(image), len(image[0])) == (layers, experts)
     # What the page's script is given of a large matrix is right to half a step of the scale.
     values = json.loads(re.findall(r'class="values">(.*?)</script>', drawn[0])[0])
-    (low, high), steps = values["scale"], len(CODES) - 2
+    (low, high), steps = values["scale"], len(CELL_CODES) - 2
     for row, layer in zip(values["codes"], routing_data(choices, rows, str)["layers"], strict=True):
-        read = [low + CODES.index(code) / steps * (high - low) for code in row]
+        read = [low + CELL_CODES.index(code) / steps * (high - low) for code in row]
         assert read == pytest.approx([min(high, load) for load in layer["load"]], abs=0.51 * (high - low) / steps)

@@ -12,7 +12,7 @@ from upcycle.report.drawing.frame import Axis, Plot, cell_ticks
 from upcycle.report.drawing.png import STOPS, png_uri
 
 MOST_CELLS = 4096  # whose numbers are written out; of more, so many steps of the scale are told apart
-CODES = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-_"  # the last: no number
+CELL_CODES = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-_"  # the last: no number
 
 Grid = Sequence[Sequence[float | None]]
 
@@ -77,10 +77,10 @@ def _cells(matrix: Grid, low: float, high: float) -> dict[str, Any]:
     """Return a matrix for the page's script: numbers or, to keep the page light, a character per cell for its place on the scale."""
     if sum(map(len, matrix)) <= MOST_CELLS:
         return {"cells": [list(row) for row in matrix]}
-    steps = len(CODES) - 2
+    steps = len(CELL_CODES) - 2
     return {
         "scale": [low, high],
-        "codes": ["".join(CODES[_step(value, low, high, steps)] for value in row) for row in matrix],
+        "codes": ["".join(CELL_CODES[_step(value, low, high, steps)] for value in row) for row in matrix],
     }
 
 
