@@ -17,6 +17,7 @@ from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import parse_yaml
 from upcycle.planning.drafting.first_recipe import GOALS, LLAMA_CPP, RUNNERS, Answers, commands, draft, recipes_for
 from upcycle.registry import load
+from upcycle.trainers.recipe.training_recipe import read_train_recipe
 
 ROOT = Path(__file__).parents[3]
 
@@ -75,7 +76,23 @@ def test_questions_are_asked_where_no_option_answers(here: Path, monkeypatch: py
     assert parse_yaml((here / "upcycle.yaml").read_text(), "it", error=UsageError)["method"] == "virtual_groups"
     assert "next  upcycle convert upcycle.yaml OUT\n" in result.stdout
     assert "upcycle verify RUN/model --with vllm" in result.stdout
-    assert "data=docs.txt" in result.stdout
+    assert "--set data.domains.text=docs.txt --set data.validation.fraction=0" in result.stdout  # one document
+
+
+def test_the_training_that_is_named_can_be_begun(here: Path) -> None:
+    (here / "rows.jsonl").write_text('{"text": "Some text."}\n{"text": "Other text."}\n')
+    for texts in (("docs.txt",), ("rows.jsonl",), ("docs.txt", "rows.jsonl")):
+        for goal in GOALS:
+            (line,) = [
+                one
+                for one in commands(Answers("demo", goal, texts, True), "mine.yaml", 512)
+                if " train " in one and "plan" not in one
+            ]
+            words = line.split()
+            overrides = dict(word.partition("=")[::2] for word in words if "=" in word)
+            recipe = read_train_recipe(Path(words[2]), {"model": "demo", "output": "RUN", **overrides})
+            assert [text for domain in recipe.data.domains for text in domain.text] == list(texts)
+            assert (recipe.data.validation.fraction == 0) == (texts == ("docs.txt",))
 
 
 def test_without_a_terminal_it_says_what_to_pass(here: Path) -> None:
