@@ -118,6 +118,7 @@ def faster_model(journey: Journey) -> None:
     journey.named(r"^upcycle train heal_distill --model half ", RUN="healing", TEXT=f"{TEXT} {FEW}")
     journey.named(r"^upcycle evaluate \S*healing")
     journey.named(r"^upcycle report \S*healing")
+    journey.named(r"^upcycle verify \S*healing")
     journey.named(r"^upcycle push .*--dry-run", YOU__NAME="alice/half")
     journey.again("--dry-run")
 
@@ -130,6 +131,7 @@ def bigger_model(journey: Journey) -> None:
     journey.named(r"^upcycle train upcycle_cpt --model OUT ", OUT="moe", RUN="run", **{TEXT: f"{TEXT} {FEW_STEPS}"})
     journey.named(r"^upcycle evaluate \S*run")
     journey.named(r"^upcycle report \S*run")
+    journey.named(r"^upcycle verify \S*run")
     journey.named(r"^upcycle push .*--dry-run", YOU__NAME="alice/moe")
     journey.again("--dry-run")
 

@@ -75,7 +75,8 @@ def _verify(out: Path, source: str | None, text: str | None, tokens: int, quiet:
     if as_json:
         print_json(result.as_dict())
     else:
-        print_facts(verification_facts(result))
+        following = [("next", f"upcycle push {out} YOU/NAME --dry-run")] if result.verdict != "broken" else []
+        print_facts([*verification_facts(result), *following])
     if result.verdict == "broken":
         raise VerificationError(
             f"{out} is broken: {result.explanation}", hint="convert it again; if that does not help, please report it"

@@ -92,10 +92,10 @@ def _next(subject: Subject, verdict: str, sections: Mapping[str, Any]) -> tuple[
     }
     if verdict in by_verdict:
         return by_verdict[verdict]
+    if verdict == "unverified" and subject.ours:
+        return "Compare it with its parent, which publishing asks for:", f"upcycle verify {name}"
     if sections["provenance"].get("trained"):
         return "If that is good enough, publish it:", f"upcycle push {name} YOU/NAME --dry-run"
-    if verdict == "unverified" and subject.ours:
-        return "Compare it with its parent:", f"upcycle verify {name}"
     if verdict == "exact":
         return (
             "Train it, as copies gain nothing before:",
