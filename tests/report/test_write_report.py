@@ -153,7 +153,10 @@ def test_models_side_by_side_read_the_same_text(pico: Pico, tmp_path: Path) -> N
     )
     assert done.exit_code == 0, done.output
     first, second = json.loads(out.with_suffix(".json").read_text())["models"]
-    assert [first["out"], second["out"]] == [str(copies), str(split)]
+    assert [re.sub(r"-\d+$", "", one["out"]) for one in (first, second)] == [
+        "copies",
+        "split",
+    ]  # without folders of this machine
     held_out = "the quarter that was held out of the calibration"
     assert first["quality"]["remarks"]["code"] == second["quality"]["remarks"]["code"] == held_out
     assert first["quality"]["domains"][0]["perplexity_dense"] == second["quality"]["domains"][0]["perplexity_dense"]
