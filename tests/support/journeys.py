@@ -193,6 +193,7 @@ def walk(title: str, folder: Path, hub_url: str, token: str) -> Journey:
 
 
 def main() -> None:
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
     from hub_server import TOKEN, HubServer
 
     pages = [ABOUT]
