@@ -81,7 +81,7 @@ JSON_KEYS = {
     "evaluate speed kernels": "prefill_tokens_per_second decode_tokens_per_second experts prefill_ratio decode_ratio",
     "evaluate speed model": "prefill_tokens_per_second decode_tokens_per_second peak_memory_bytes experts",
     "report": "out upcycle summary made cost speed exactness quality tasks routing experts training comparison provenance",
-    "report summary": "verdict explanation findings",
+    "report summary": "verdict explanation findings answers",
     "report quality": "names ratio domains remarks no_reference samples",
     "report quality domains": "text tokens perplexity relative_logit_error kl top1_agreement perplexity_dense",
     "report routing": "tokens domains layers shown",
