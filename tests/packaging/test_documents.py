@@ -27,6 +27,7 @@ from upcycle.conversion.merge_check import MergeCheck
 from upcycle.evaluation.compressing.cut_comparison import CutComparison, CutResult
 from upcycle.evaluation.encoders.embeddings import EmbeddingResult
 from upcycle.evaluation.encoders.image_classes import ClassResult
+from upcycle.evaluation.encoders.two_inputs import RetrievalResult
 from upcycle.evaluation.speed import KernelSpeed, ModelSpeed, Speed
 from upcycle.evaluation.task_scores import TaskScore, TaskScores
 from upcycle.publishing.gguf import GgufExport
@@ -256,6 +257,9 @@ def test_json_keys(
     talked = json.loads(CliRunner().invoke(cli, ["chat", *writing], input="hello\n").stdout)
     carded = CliRunner().invoke(cli, ["card", str(tmp_path / "out"), "--json"])
     timed = upcycle.plan("demo", method="random_split", active=0.5, calibration="demo").as_dict()["time"]
+    begun = CliRunner().invoke(
+        cli, ["init", str(tmp_path / "first.yaml"), "--model", "demo", "--json"], catch_exceptions=False
+    )
     actual = {
         "plan": plan,
         "plan time": timed,
@@ -312,6 +316,8 @@ def test_json_keys(
         "evaluate layers": evaluated["layers"][0],
         "evaluate embeddings": keys_of(EmbeddingResult),
         "evaluate classes": keys_of(ClassResult),
+        "evaluate retrieval": keys_of(RetrievalResult),
+        "init": json.loads(begun.stdout),
         "evaluate tasks": keys_of(TaskScores),
         "evaluate tasks scores": keys_of(TaskScore),
         "evaluate speed": keys_of(Speed),
