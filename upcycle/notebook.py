@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
@@ -65,12 +66,12 @@ IN_NOTEBOOKS = NotebookProgress()
 """Where functions report unless told otherwise."""
 
 
-class HtmlShown:
+class HtmlShown(ABC):
     """A result whose ``as_dict`` a notebook shows as tables: plain values, then a table for every list of mappings."""
 
+    @abstractmethod
     def as_dict(self) -> dict[str, Any]:
         """Return plain data."""
-        raise NotImplementedError
 
     def _repr_html_(self) -> str:
         return f"<h4>{escape(type(self).__name__)}</h4>{_shown(self.as_dict())}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import re
 import shutil
@@ -22,7 +20,7 @@ import upcycle
 from upcycle.cli.main import cli
 from upcycle.errors import CheckpointError, EnvironmentFault, UpcycleError, UsageError
 from upcycle.report.collect import SECTIONS, Wanted, collect
-from upcycle.report.write_report import Report, write_report, write_side_by_side
+from upcycle.report.write_report import Report, write_report
 
 Pico = Callable[[str], Path]
 VOID = {"meta", "link", "img"}
@@ -89,88 +87,6 @@ def test_the_page_is_valid_and_needs_nothing_else(full_report: Report) -> None:
     assert "prefers-color-scheme: dark" in style
     assert full_report.html.stat().st_size < 3_000_000
     assert not any("missing" in full_report.data[section] for section in SECTIONS)
-
-
-def test_the_page_runs_its_own_script_and_no_other(full_report: Report) -> None:
-    text, _ = read(full_report)
-    (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    assert f"script-src 'sha256-{digest}'\"" in text
-    assert text.count("<script") == 1 + text.count('<script type="application/json" class="values">')
-    for word in (
-        "fetch(",
-        "XMLHttpRequest",
-        "import(",
-        "eval(",
-        "innerHTML",
-        "document.write",
-        "localStorage",
-        "cookie",
-    ):
-        assert word not in script
-
-
-def test_figures_carry_the_numbers_that_they_show(full_report: Report) -> None:
-    text, _ = read(full_report)
-    blocks = [json.loads(block) for block in re.findall(r'class="values">(.*?)</script>', text)]
-    assert {block["kind"] for block in blocks} == {"grid", "lines", "bars"}
-    (loads,) = [block for block in blocks if block["kind"] == "grid" and block["rows"] == "layer"]
-    layers = full_report.data["routing"]["layers"]
-    assert loads["names"][0] == [str(layer["layer"]) for layer in layers]
-    for cells, layer in zip(loads["cells"], layers, strict=True):
-        assert cells == pytest.approx(layer["load"], rel=1e-3)
-    rows = re.findall(r'<tr><th scope="row">(\d+)</th><td>(\d+)</td><td class="number">([\d.]+)x</td>', text)
-    assert [(int(layer), int(expert), float(load)) for layer, expert, load in rows] == [
-        (layer["layer"], expert, round(load, 2)) for layer in layers for expert, load in enumerate(layer["load"])
-    ]
-
-
-def test_the_first_questions_are_answered(pico: Pico, tmp_path: Path) -> None:
-    def answered(**keys: Any) -> dict[str, tuple[str, str]]:
-        data = write_report(convert(pico, tmp_path / f"out{len(keys)}", **keys), wanted=FAST).data
-        return {each["question"]: (each["text"], each["command"]) for each in data["summary"]["answers"]}
-
-    copies = answered()
-    assert copies["May I use it?"][0].startswith("Yes, wherever its dense parent is used")
-    assert copies["Is it faster?"] == (
-        "Not known: speed was not measured.",
-        "upcycle evaluate out0 --reference PARENT --speed",  # names, as folders of this machine are not published
-    )
-    assert copies["What next?"][1].startswith("upcycle train upcycle_cpt --model")
-    split = answered(method="random_split")
-    assert split["May I use it?"][0].startswith(("With care", "Not as it is", "Yes: on the text"))
-    assert split["Is it faster?"][0].startswith(("Predicted, relative to its parent", "Not known"))
-    assert split["What next?"][1].startswith("upcycle train heal_distill --model")
-
-
-@pytest.mark.long
-def test_models_side_by_side_read_the_same_text(pico: Pico, tmp_path: Path) -> None:
-    keys = {"method": "random_split", "calibration": {"text": "code", "tokens": 512, "window": 64}}
-    split, copies = convert(pico, tmp_path / "split", **keys), convert(pico, tmp_path / "copies")
-    out = tmp_path / "models.html"
-    done = CliRunner().invoke(
-        cli, ["report", str(copies), str(split), "--out", str(out), "--text", "code", "--tokens", "64", "-q"]
-    )
-    assert done.exit_code == 0, done.output
-    first, second = json.loads(out.with_suffix(".json").read_text())["models"]
-    assert [re.sub(r"-\d+$", "", one["out"]) for one in (first, second)] == [
-        "copies",
-        "split",
-    ]  # without folders of this machine
-    held_out = "the quarter that was held out of the calibration"
-    assert first["quality"]["remarks"]["code"] == second["quality"]["remarks"]["code"] == held_out
-    assert first["quality"]["domains"][0]["perplexity_dense"] == second["quality"]["domains"][0]["perplexity_dense"]
-    text = out.read_text()
-    assert text.count('<p class="verdict') == 2
-    assert "Which loses least for its FLOPs?" in text
-    for names, message in (([copies], "1 models side by side"), ([copies, copies], "2 models side by side")):
-        with pytest.raises(UsageError, match=message):
-            write_side_by_side([str(name) for name in names], out)
-    precious = tmp_path / "mine.html"
-    precious.write_text("mine")
-    with pytest.raises(UsageError, match="upcycle did not write it"):
-        write_side_by_side([str(copies), str(split)], precious)
-    assert precious.read_text() == "mine"
 
 
 def test_every_plot_has_words(full_report: Report) -> None:

@@ -108,6 +108,14 @@ class Journey:
 TEXT = "docs.jsonl"
 
 
+def _publish(journey: Journey, run: str, repo: str) -> None:
+    """What follows a training run: numbers, a page, a verdict, and the hub."""
+    for verb in ("evaluate", "report", "verify"):
+        journey.named(rf"^upcycle {verb} \S*{run}")
+    journey.named(r"^upcycle push .*--dry-run", YOU__NAME=repo)
+    journey.again("--dry-run")
+
+
 def faster_model(journey: Journey) -> None:
     """From a dense model to a faster one, healed, looked at and published."""
     journey.first("upcycle")
@@ -116,11 +124,7 @@ def faster_model(journey: Journey) -> None:
     journey.named(r"^upcycle evaluate half ")
     journey.named(r"^upcycle report half$")
     journey.named(r"^upcycle train heal_distill --model half ", RUN="healing", TEXT=f"{TEXT} {FEW}")
-    journey.named(r"^upcycle evaluate \S*healing")
-    journey.named(r"^upcycle report \S*healing")
-    journey.named(r"^upcycle verify \S*healing")
-    journey.named(r"^upcycle push .*--dry-run", YOU__NAME="alice/half")
-    journey.again("--dry-run")
+    _publish(journey, "healing", "alice/half")
 
 
 def bigger_model(journey: Journey) -> None:
@@ -129,11 +133,7 @@ def bigger_model(journey: Journey) -> None:
     journey.named(r"^upcycle init\b", answers=["demo", "capacity", TEXT, "y", "transformers"])
     journey.named(r"^upcycle convert ", OUT="moe")
     journey.named(r"^upcycle train upcycle_cpt --model OUT ", OUT="moe", RUN="run", **{TEXT: f"{TEXT} {FEW_STEPS}"})
-    journey.named(r"^upcycle evaluate \S*run")
-    journey.named(r"^upcycle report \S*run")
-    journey.named(r"^upcycle verify \S*run")
-    journey.named(r"^upcycle push .*--dry-run", YOU__NAME="alice/moe")
-    journey.again("--dry-run")
+    _publish(journey, "run", "alice/moe")
 
 
 def three_fine_tunes(journey: Journey) -> None:

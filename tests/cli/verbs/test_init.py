@@ -102,15 +102,24 @@ def test_without_a_terminal_it_says_what_to_pass(here: Path) -> None:
     assert not (here / "upcycle.yaml").exists()
 
 
-def test_a_file_that_is_there_stays_unless_it_is_to_be_replaced(here: Path) -> None:
+def test_a_file_that_is_there_stays(here: Path) -> None:
     (here / "mine.yaml").write_text("mine")
     with pytest.raises(UsageError, match=r"mine\.yaml is there already"):
         run("mine.yaml", "--model", "demo")
     assert (here / "mine.yaml").read_text() == "mine"
-    told = json.loads(run("mine.yaml", "--model", "demo", "--overwrite", "--json").stdout)
-    assert told["recipe"] == parse_yaml((here / "mine.yaml").read_text(), "it", error=UsageError)
+
+
+def test_json_has_the_recipe_and_the_commands(here: Path) -> None:
+    told = json.loads(run("its own.yaml", "--model", "demo", "--json").stdout)
+    assert told["recipe"] == parse_yaml((here / "its own.yaml").read_text(), "it", error=UsageError)
     assert told["recipe"]["calibration"]["text"] == ["self"]
-    assert told["commands"] == ["upcycle convert mine.yaml OUT", "upcycle report OUT"]
+    assert told["commands"] == ["upcycle convert 'its own.yaml' OUT", "upcycle report OUT"]
+
+
+@pytest.mark.parametrize("name", ["123", "yes", "a: b", "it's", "null"])
+def test_names_that_yaml_would_take_for_something_else(name: str) -> None:
+    recipe = parse_yaml(draft(Answers(name, texts=(name,)), "split_75", ()).text, "draft", error=UsageError)
+    assert (recipe["source"], recipe["calibration"]["text"]) == (name, [name])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ OPTION_GROUPS = {
     "Experts": "method experts top_k shared active pieces width always_on shared_unheld layers sources scale pad param "
     "scale_placement",
     "Compression of a MoE": "keep observations precision__bits precision__attention_bits precision__rounding "
-    "precision__allocation compress",
+    "precision__allocation",
     "Router": "router__name routing__rule routing__tau router_param",
     "Calibration and refit": "calibration__text calibration__tokens calibration__mode refit reconstruction__passes",
     "What is read and written": "source_flag revision family part target layout dtype max_shard_size tokenizer blueprint "

@@ -10,7 +10,7 @@ from upcycle.errors import UsageError
 def usage_error(error: click.ClickException) -> UsageError:
     """Return click's error as one of upcycle's; the hint names the option that was probably meant, and the verb's help."""
     context = getattr(error, "ctx", None)
-    help_of = f"{context.command_path} --help" if context else None
+    help_of = f"{context.command_path} --help" if context else "upcycle --help"
     if isinstance(error, click.NoSuchOption):
         near = error.possibilities or ()
         meant = f"did you mean {' or '.join(sorted(near))}? " if near else ""

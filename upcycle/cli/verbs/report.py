@@ -9,6 +9,7 @@ import click
 
 from upcycle.cli.shared.options import common_options, quiet_option
 from upcycle.cli.shared.output import ProgressBars, print_facts, print_json
+from upcycle.errors import UsageError
 from upcycle.formatting import size
 
 
@@ -82,6 +83,10 @@ def command(
 
     wanted = Wanted(text, tokens, prompt or PROMPTS, source, compare, training, run=not no_run, images=images)
     if len(models) > 1:
+        if source or compare or training or images:
+            raise UsageError(
+                "--source, --compare, --training and --images are of one model", hint="a report each, or leave them out"
+            )
         report = write_side_by_side(models, out or "report.html", wanted, ProgressBars(quiet))
     else:
         report = write_report(models[0], out, wanted, ProgressBars(quiet))
@@ -100,7 +105,10 @@ def command(
         for part in summary["findings"]
     ]
     facts += [("left out", text) for text in absent]
-    facts += [("next", answer["command"]) for answer in summary["answers"][-1:] if answer["command"]]
+    command = summary["answers"][-1]["command"]  # names the model as the page does, without folders of this machine
+    if command:
+        typed = (models[0] if word == report.data["out"] else word for word in command.split())
+        facts.append(("next", " ".join(typed)))
     print_facts([*facts, _written(report)])
 
 

@@ -6,11 +6,13 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import sqrt
+from shlex import quote
+from textwrap import indent
 from typing import Literal, get_args
 
 from upcycle.architectures.dense.base import Feature
 from upcycle.errors import UsageError
-from upcycle.files.formats.parsing import parse_yaml
+from upcycle.files.formats.parsing import dump_yaml, parse_yaml
 from upcycle.files.user_paths import user_path
 from upcycle.planning.cost import Plan
 from upcycle.recipe.shipped_recipes import shipped
@@ -23,8 +25,6 @@ GOALS: tuple[Goal, ...] = get_args(Goal)
 RUNNERS: tuple[Runner, ...] = get_args(Runner)
 # Targets of which llama.cpp computes what transformers does: docs/measured/serving_targets.md, with which a test compares them.
 LLAMA_CPP = ("mixtral", "qwen3_moe", "granitemoe", "granitemoeshared", "mellum", "cohere2_moe", "lfm2_moe")
-
-
 FASTER = 0.97  # of the dense model's time: what is closer to it is noise
 
 
@@ -84,7 +84,7 @@ def draft(answers: Answers, name: str, targets: Iterable[str]) -> Draft:
     remarks = []
     if answers.goal == "capacity" and not answers.train:
         remarks.append("copies compute what the dense model computes, at more cost, until they are trained")
-    lines = [f"source: {_quoted(answers.model)}"]
+    named = {"source": answers.model}
     if answers.goal == "speed":
         text = _calibrated_on(text, answers.texts or (SELF_WRITTEN,))
         if not answers.texts:
@@ -93,7 +93,7 @@ def draft(answers: Answers, name: str, targets: Iterable[str]) -> Draft:
             )
     target, told = _target(answers, tuple(targets))
     if target:
-        lines.append(f"target: {target}")
+        named["target"] = target
         holds = load("target", target).holds
         if Feature.DENSE_FIRST not in holds and re.search(r"(?m)^layers: except-first", text):
             text = re.sub(r"(?m)^layers: except-first.*$", "layers: all", text)
@@ -101,7 +101,7 @@ def draft(answers: Answers, name: str, targets: Iterable[str]) -> Draft:
                 f"{target} holds no dense first layer, so that one is split, too, and costs more than the others"
             )
     head, _, rest = re.sub(r"(?m)^(source|target):.*\n", "", text).partition("\n")
-    return Draft("\n".join([head, *lines, rest]), name, (*remarks, *told))
+    return Draft(f"{head}\n{dump_yaml(named)}{rest}", name, (*remarks, *told))
 
 
 def commands(answers: Answers, recipe: str, context: int | None = None) -> list[str]:
@@ -112,13 +112,13 @@ def commands(answers: Answers, recipe: str, context: int | None = None) -> list[
         recipe: the file's name.
         context: most positions of the model; rows of training are not longer.
     """
-    found = [f"upcycle convert {recipe} OUT"]
+    found = [f"upcycle convert {quote(recipe)} OUT"]
     model = "OUT"
     if answers.train:
         with_what = "heal_distill" if answers.goal == "speed" else "upcycle_cpt"
-        data = f"data={','.join(answers.texts) or 'TEXT'}"
+        data = quote(f"data={','.join(answers.texts) or 'TEXT'}")
         if _is_one_document(answers.texts):  # of which nothing can be held out
-            data = f"data.domains.text={answers.texts[0]} --set data.validation.fraction=0"
+            data = quote(f"data.domains.text={answers.texts[0]}") + " --set data.validation.fraction=0"
         rows = parse_yaml(shipped("train")[with_what].read_text(encoding="utf-8"), with_what, error=UsageError)[
             "length"
         ]
@@ -157,10 +157,5 @@ def _target(answers: Answers, targets: tuple[str, ...]) -> tuple[str | None, lis
 
 def _calibrated_on(text: str, texts: tuple[str, ...]) -> str:
     """Return a recipe whose calibration reads ``texts``."""
-    named = ", ".join(_quoted(one) for one in texts)
-    return re.sub(r"(?m)^  text: demo\b.*$", f"  text: [{named}]", text)
-
-
-def _quoted(text: str) -> str:
-    """Return a text as a YAML scalar."""
-    return text if re.fullmatch(r"[\w./][\w./-]*", text) else "'" + text.replace("'", "''") + "'"
+    line = indent(dump_yaml({"text": list(texts)}), "  ")
+    return re.sub(r"(?m)^  text: demo\b.*\n", lambda _: line, text)

@@ -9,7 +9,7 @@ from upcycle.report.data.subject import Subject
 from upcycle.verification.verdict import unseen_ratio
 
 _LITTLE = 1.02  # ratio of perplexity below which a loss is hardly noticed
-_MUCH = 1.1  # ... from which on it is
+CLOSE = 1.1  # ... up to which little is lost
 
 
 def answers(subject: Subject, verdict: str, sections: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -37,17 +37,21 @@ def _use(verdict: str, sections: Mapping[str, Any]) -> str:
         return "Yes, wherever its dense parent is used: it computes the same."
     if loss is None:
         return "Not known: it was not compared with its parent on text."
-    if loss <= _LITTLE:
-        said = f"Yes: on the text that was read, perplexity is {loss:.3f}x its parent's"
-    elif loss <= _MUCH:
-        said = f"With care: on the text that was read, perplexity is {loss:.3f}x its parent's"
-    else:
-        said = f"Not as it is: on the text that was read, perplexity is {loss:.3f}x its parent's; train it first"
+    known = flattering(sections["quality"])
+    text = "text that it was partly calibrated on, which flatters it," if known else "the text that was read,"
+    word = "Yes" if loss <= _LITTLE and not known else "With care" if loss <= CLOSE else "Not as it is, but trained"
+    said = f"{word}: on {text} perplexity is {loss:.3f}x its parent's"
     verification = sections["exactness"].get("verification")
     unseen = unseen_ratio(verification) if verification and not trained else None
     if unseen is not None:
         said += f"; on a kind of text that was not calibrated on, {unseen:.2f}x"
     return said + ". Measure it on text of yours before you rely on it."
+
+
+def flattering(quality: Mapping[str, Any]) -> list[str]:
+    """Return the texts that the model was calibrated on, which make it look better than it is, each with how much of it."""
+    remarks = quality.get("remarks") or {}
+    return [f"{name}: {remark}" for name, remark in remarks.items() if "calibrated on" in remark]
 
 
 def _loss(sections: Mapping[str, Any]) -> float | None:
@@ -96,7 +100,7 @@ def _next(subject: Subject, verdict: str, sections: Mapping[str, Any]) -> tuple[
         return "Compare it with its parent, which publishing asks for:", f"upcycle verify {name}"
     if sections["provenance"].get("trained"):
         return "If that is good enough, publish it:", f"upcycle push {name} YOU/NAME --dry-run"
-    if verdict == "exact":
+    if verdict == "exact" and kind == "copies":
         return (
             "Train it, as copies gain nothing before:",
             f"upcycle train upcycle_cpt --model {name} --output RUN --set data=TEXT",

@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from upcycle.report.data.answers import answers
+from upcycle.report.data.answers import CLOSE, answers, flattering
 from upcycle.report.data.subject import Subject
 from upcycle.verification.verdict import overfitted, unseen_ratio
 
 Level = Literal["good", "caution", "bad"]
-_SAME, _CLOSE = 1.001, 1.1  # ratios of perplexity up to which nothing, or little, is lost
+_SAME = 1.001  # ratio of perplexity up to which nothing is lost
 _OVERLOAD = 1.0  # MaxVio at which an expert gets twice its share
 _ALIKE = 0.9  # cosine (26 degrees) from which on two router rows nearly always choose together
 
@@ -89,13 +89,12 @@ def _say_quality(quality: Mapping[str, Any], say: Any) -> None:
     if ratio is None:
         return
     text = f"perplexity is {ratio:.3f}x its parent's (geometric mean over {len(quality['domains'])} texts)"
-    remarks = quality.get("remarks") or {}
-    if flattered := [f"{name}: {remark}" for name, remark in remarks.items() if "calibrated on" in remark]:
+    if flattered := flattering(quality):
         say("caution", f"{text}, on text that it was calibrated on ({'; '.join(flattered)})")
     elif ratio <= _SAME:
         say("good", text)
     else:
-        much = "" if ratio <= _CLOSE else ": heal it by continual pre-training before use"
+        much = "" if ratio <= CLOSE else ": heal it by continual pre-training before use"
         say("caution", text + much)
 
 

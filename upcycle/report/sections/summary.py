@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.formatting import count, size
+from upcycle.report.data.answers import flattering
 from upcycle.verification.verdict import said
 
 VERDICTS = {
@@ -32,8 +33,7 @@ def summary_view(data: Mapping[str, Any]) -> dict[str, Any]:
         cards.append(("weight files", size(after["bytes"]), f"dense {size(before['bytes'])}" if before else "on disk"))
     quality = data["quality"]
     if quality.get("ratio"):
-        seen = any("calibrated on" in remark for remark in (quality.get("remarks") or {}).values())
-        what = "its parent's, on text it was calibrated on" if seen else "its parent's, over all texts"
+        what = "its parent's, on text it was calibrated on" if flattering(quality) else "its parent's, over all texts"
         cards.append(("perplexity", f"{quality['ratio']:.3f}x", what))
     elif quality.get("domains"):
         first = quality["domains"][0]

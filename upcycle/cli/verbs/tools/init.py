@@ -35,7 +35,6 @@ _QUESTIONS = {
 @click.option("--text", metavar="FILE[,FILE]", help=_QUESTIONS["text"])
 @click.option("--train/--no-train", default=None, help=_QUESTIONS["train"])
 @click.option("--engine", type=click.Choice(_RUNNERS), help=_QUESTIONS["engine"])
-@click.option("--overwrite", is_flag=True, help="replace the file OUT")
 @common_options
 def command(
     out: Path,
@@ -44,7 +43,6 @@ def command(
     text: str | None,
     train: bool | None,
     engine: str | None,
-    overwrite: bool,
     as_json: bool,
     debug: bool,
 ) -> None:
@@ -58,9 +56,9 @@ def command(
     upcycle init first.yaml --model ./llama --goal speed --text docs.txt,code.txt
     """
     path = user_path(out)
-    if path.exists() and not overwrite:
+    if path.exists():
         raise UsageError(
-            f"{out} is there already", hint=f"another name: upcycle init mine.yaml, or --overwrite to replace {out}"
+            f"{out} is there already, and may have been changed", hint="another name: upcycle init mine.yaml"
         )
     given = {"model": model, "goal": goal, "text": text, "train": train, "engine": engine}
     answers = _answers(given, asks=has_terminal() and not as_json)
@@ -155,9 +153,12 @@ def _drafted(answers: Any) -> tuple[Any, Any, int | None]:
     for name in recipes_for(answers):
         drafted = draft(answers, name, ())
         print_message(f"planning {answers.model} by {name} ...")
-        family = find("family", planned(drafted)[0].family)
-        drafted = draft(answers, name, family.targets if family else ())
         found, context = planned(drafted)
+        family = find("family", found.family)
+        fitted = draft(answers, name, family.targets if family else ())
+        if fitted.text != drafted.text:
+            found, context = planned(fitted)
+        drafted = fitted
         if answers.goal == "capacity" or is_faster(found):
             return drafted, found, context
     slow = (
