@@ -151,7 +151,7 @@ def test_the_next_command_can_be_typed_where_the_page_hides_folders(pico: Pico, 
         ),
         ("approximate", "copies", 0.9, "", True, "Yes: on the text", "upcycle push m YOU/NAME --dry-run"),
         ("unverified", "copies", None, "", True, "Not known", "upcycle verify m"),
-        ("broken", "copies", 3.0, "", False, "No:", "upcycle env"),
+        ("broken", "copies", 3.0, "", False, "No: it must not be", "upcycle env"),
         ("unfinished", "copies", None, "", False, "Not yet", ""),
     ],
 )
@@ -165,7 +165,25 @@ def test_every_state_has_its_answer(
         "speed": {"missing": "not measured"},
         "provenance": {"trained": {"step": 1}} if trained else {},
     }
-    first, _, last = answers(subject, verdict, sections)
+    problems = ["it must not be"] if verdict == "broken" else []
+    first, _, last = answers(subject, verdict, problems, sections)
     assert first["text"].startswith(use)
     assert last["command"].startswith(command)
     assert bool(last["command"]) == bool(command)
+
+
+def test_a_model_with_a_problem_is_not_to_be_used_whatever_its_verdict(pico: Pico, tmp_path: Path) -> None:
+    out = convert(pico, tmp_path / "more")
+    weights = out / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    other = convert(pico, tmp_path / "whole")
+    data = write_report(out, wanted=Wanted(run=False)).data["summary"]
+    assert data["verdict"] == "exact"  # when it was written
+    assert data["answers"][0]["text"].startswith("No: files have changed since they were written")
+    assert data["answers"][2]["command"] == "upcycle verify more"
+    page = tmp_path / "page.html"
+    done = CliRunner().invoke(
+        cli, ["report", str(other), str(out), "--no-run", "--out", str(page)], catch_exceptions=False
+    )
+    assert "No: files have changed" in done.stdout
+    assert "No: files have changed" in page.read_text()

@@ -94,8 +94,9 @@ def command(
         print_json(report.data)
         return
     if len(models) > 1:
-        verdicts = [(data["out"], data["summary"]["verdict"]) for data in report.data["models"]]
-        print_facts([*verdicts, _written(report)])
+        told = [(data["out"], data["summary"]) for data in report.data["models"]]
+        facts = [(name, f"{said['verdict']}. May I use it? {said['answers'][0]['text']}") for name, said in told]
+        print_facts([*facts, _written(report)])
         return
     summary = report.data["summary"]
     absent = [f"{name}: {part['missing']}" for name, part in report.data.items() if _is_missing(part)]

@@ -6,6 +6,7 @@ has ``run.json``, a working folder has ``state.json``, each with content that on
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -254,9 +255,9 @@ def check_apart(out: Path, kept: Path, what: str, inside: bool = False) -> None:
 
 def cannot_write(path: Path, error: OSError) -> EnvironmentFault:
     """Return the error for a path that cannot be written."""
-    return EnvironmentFault(
-        f"cannot write {path}: {error.strerror or error}", hint="choose a folder that you may write to"
-    )
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    hint = "free space on its disk, or choose another" if full else "choose a folder that you may write to"
+    return EnvironmentFault(f"cannot write {path}: {error.strerror or error}", hint=hint)
 
 
 def must_be_inside(out: Path) -> bool:

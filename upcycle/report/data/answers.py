@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from upcycle.report.data.subject import Subject
@@ -12,26 +12,34 @@ _LITTLE = 1.02  # ratio of perplexity below which a loss is hardly noticed
 CLOSE = 1.1  # ... up to which little is lost
 
 
-def answers(subject: Subject, verdict: str, sections: Mapping[str, Any]) -> list[dict[str, str]]:
+def answers(
+    subject: Subject, verdict: str, problems: Sequence[str], sections: Mapping[str, Any]
+) -> list[dict[str, str]]:
     """Return the first questions and their answers, each a ``question``, a ``text`` and a ``command`` (or nothing).
 
     What was not measured is said to be unknown, with the command that measures it.
+
+    Args:
+        subject: the model.
+        verdict: of its verification.
+        problems: the texts of findings for which it must not be used.
+        sections: of the report, by name.
     """
-    text, command = _next(subject, verdict, sections)
+    text, command = _next(subject, verdict, problems, sections)
     speed = sections["speed"]
     measure = "" if speed.get("reference") else f"upcycle evaluate {subject.name} --reference PARENT --speed"
     return [
-        {"question": "May I use it?", "text": _use(verdict, sections), "command": ""},
+        {"question": "May I use it?", "text": _use(verdict, problems, sections), "command": ""},
         {"question": "Is it faster?", "text": _speed(subject, speed), "command": measure},
         {"question": "What next?", "text": text, "command": command},
     ]
 
 
-def _use(verdict: str, sections: Mapping[str, Any]) -> str:
-    if verdict == "broken":
-        return "No: the conversion did not keep its promise."
+def _use(verdict: str, problems: Sequence[str], sections: Mapping[str, Any]) -> str:
     if verdict == "unfinished":
         return "Not yet: it is not complete."
+    if problems:
+        return f"No: {problems[0]}."
     loss, trained = _loss(sections), bool(sections["provenance"].get("trained"))
     if verdict == "exact" and not trained:
         return "Yes, wherever its dense parent is used: it computes the same."
@@ -87,7 +95,7 @@ def _speed(subject: Subject, speed: Mapping[str, Any]) -> str:
     return f"{word}: {told} ({speed['device']}, {speed['dtype']})."
 
 
-def _next(subject: Subject, verdict: str, sections: Mapping[str, Any]) -> tuple[str, str]:
+def _next(subject: Subject, verdict: str, problems: Sequence[str], sections: Mapping[str, Any]) -> tuple[str, str]:
     """Return what to do next, and its command."""
     name, kind = subject.name, str(subject.record["plan"]["kind"]) if subject.record else ""
     by_verdict = {
@@ -96,8 +104,9 @@ def _next(subject: Subject, verdict: str, sections: Mapping[str, Any]) -> tuple[
     }
     if verdict in by_verdict:
         return by_verdict[verdict]
-    if verdict == "unverified" and subject.ours:
-        return "Compare it with its parent, which publishing asks for:", f"upcycle verify {name}"
+    if subject.ours and (problems or verdict == "unverified"):
+        why = "Find out what is left of it:" if problems else "Compare it with its parent, which publishing asks for:"
+        return why, f"upcycle verify {name}"
     if sections["provenance"].get("trained"):
         return "If that is good enough, publish it:", f"upcycle push {name} YOU/NAME --dry-run"
     if verdict == "exact" and kind == "copies":

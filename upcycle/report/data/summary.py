@@ -44,7 +44,7 @@ def summary_data(subject: Subject, sections: Mapping[str, Any]) -> dict[str, Any
         "verdict": verdict,
         "explanation": verification["explanation"] if verification else "",
         "findings": findings,
-        "answers": answers(subject, verdict, sections),
+        "answers": answers(subject, verdict, [each["text"] for each in findings if each["level"] == "bad"], sections),
     }
 
 
