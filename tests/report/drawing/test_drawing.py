@@ -8,11 +8,13 @@ import json
 import re
 import struct
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
 
 from upcycle.report.data.routing import Choices, routing_data
+from upcycle.report.drawing import heatmap as heatmap_module
 from upcycle.report.drawing.bars import Bar, BarChart
 from upcycle.report.drawing.diagram import layers_diagram
 from upcycle.report.drawing.frame import cell_ticks, nice_ticks, number
@@ -113,6 +115,11 @@ def test_the_diagram_groups_layers_and_widths_are_neurons() -> None:
     starts = [float(x) for x in re.findall(r'class="routed" x="([\d.]+)"', page)]
     assert starts == pytest.approx([1000 * 16 * i / 96 for i in range(2, 6)], abs=0.06)
     assert page.count('class="shared"') == 2
+
+
+def test_the_script_reads_the_characters_that_are_written() -> None:
+    script = (Path(heatmap_module.__file__).parents[1] / "templates" / "script.js").read_text(encoding="utf-8")
+    assert f'const codes = "{CELL_CODES}";' in script
 
 
 def test_192_experts_in_30_layers_stay_light() -> None:
