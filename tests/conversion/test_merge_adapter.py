@@ -204,6 +204,15 @@ def halved(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in tensors.items() if "lora_A" in name}
 
 
+def lengthened(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    lengths = {
+        n.replace("lora_B.weight", "lora_magnitude_vector"): t[:, 0].clone()
+        for n, t in tensors.items()
+        if "lora_B" in n
+    }
+    return {**tensors, **lengths}
+
+
 FAULTS: dict[str, tuple[Callable[[Path], Any], type[UpcycleError], str]] = {
     "rank": (lambda f: change_settings(f, r=8), CheckpointError, r"rank 8 on \[32, 32\]"),
     "shape": (lambda f: change_tensors(f, shorter), CheckpointError, r"\[3, 32\]"),
@@ -215,6 +224,21 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], type[UpcycleError], str]] = {
     "unknown": (lambda f: change_settings(f, layer_replication=[[0, 2]]), RefusalError, "layer_replication"),
     "pattern": (lambda f: change_settings(f, rank_pattern={"(": 3}), CheckpointError, "regular expression"),
     "alpha": (lambda f: change_settings(f, lora_alpha="many"), CheckpointError, "'lora_alpha' must be a number"),
+    "dora without lengths": (
+        lambda f: change_settings(f, use_dora=True),
+        CheckpointError,
+        "has no lora_magnitude_vector, and 'use_dora' .* is true",
+    ),
+    "lengths without dora": (
+        lambda f: change_tensors(f, lengthened),
+        CheckpointError,
+        "has a lora_magnitude_vector, and 'use_dora' .* is false",
+    ),
+    "a switch in words": (
+        lambda f: change_settings(f, use_rslora="false"),
+        CheckpointError,
+        "'use_rslora' must be true or false, got false",
+    ),
     "pickle": (
         lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),
         CheckpointError,
