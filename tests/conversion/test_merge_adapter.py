@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 
 import upcycle
 from upcycle.adapters import adapted_store
-from upcycle.conversion import merge_adapter
+from upcycle.conversion import merge_adapter, merge_check
 from upcycle.conversion.merge_adapter import merge
 from upcycle.conversion.verify import verify
 from upcycle.errors import CheckpointError, RefusalError, UpcycleError, UsageError, VerificationError
@@ -49,6 +50,7 @@ MOES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "whole experts": ("mixtral", {"target_modules": ["q_proj"], "modules_to_save": ["experts"]}),
+    "a buffer of the router": ("glm4_moe", {"target_modules": ["o_proj"], "modules_to_save": ["gate"]}),
     "fused in files": ("granitemoe", {"target_modules": ["o_proj"], "target_parameters": EXPERTS}),
 }
 
@@ -142,6 +144,24 @@ def test_bfloat16_is_rounded_once_and_judged_by_rounding(dense_maker: Any, tmp_p
     weight = load_file(base / "model.safetensors")[f"{name}.weight"].double()
     made = load_file(tmp_path / "out" / "model.safetensors")[f"{name}.weight"]
     assert torch.equal(made, (weight + 3 * b @ a).to(torch.bfloat16))
+
+
+def test_the_check_holds_one_changed_weight_at_a_time(
+    pico: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the model, which is what a machine is asked to have memory for."""
+    adapter = write_lora(pico("llama"), tmp_path / "lora", target_modules=["q_proj", "up_proj"])
+    exact, seen, alive = merge_check._change, [], []
+
+    def watched(weight: torch.Tensor, *others: Any) -> None:
+        seen.append(weakref.ref(weight))
+        alive.append(len([found for found in seen if found() is not None]))
+        exact(weight, *others)
+
+    monkeypatch.setattr(merge_check, "_change", watched)
+    merge(adapter, tmp_path / "out", dtype="bfloat16")
+    assert len(alive) > 2
+    assert set(alive) == {1}
 
 
 def test_the_bits_do_not_depend_on_blocks(pico: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
