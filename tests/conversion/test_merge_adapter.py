@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 
 import upcycle
 from upcycle.adapters import adapted_store
-from upcycle.conversion import merge_adapter
+from upcycle.conversion import merge_adapter, merge_check
 from upcycle.conversion.merge_adapter import merge
 from upcycle.conversion.verify import verify
 from upcycle.errors import CheckpointError, RefusalError, UpcycleError, UsageError, VerificationError
@@ -49,6 +50,7 @@ MOES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "whole experts": ("mixtral", {"target_modules": ["q_proj"], "modules_to_save": ["experts"]}),
+    "a buffer of the router": ("glm4_moe", {"target_modules": ["o_proj"], "modules_to_save": ["gate"]}),
     "fused in files": ("granitemoe", {"target_modules": ["o_proj"], "target_parameters": EXPERTS}),
 }
 
@@ -144,6 +146,24 @@ def test_bfloat16_is_rounded_once_and_judged_by_rounding(dense_maker: Any, tmp_p
     assert torch.equal(made, (weight + 3 * b @ a).to(torch.bfloat16))
 
 
+def test_the_check_holds_one_changed_weight_at_a_time(
+    pico: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the model, which is what a machine is asked to have memory for."""
+    adapter = write_lora(pico("llama"), tmp_path / "lora", target_modules=["q_proj", "up_proj"])
+    exact, seen, alive = merge_check._change, [], []
+
+    def watched(weight: torch.Tensor, *others: Any) -> None:
+        seen.append(weakref.ref(weight))
+        alive.append(len([found for found in seen if found() is not None]))
+        exact(weight, *others)
+
+    monkeypatch.setattr(merge_check, "_change", watched)
+    merge(adapter, tmp_path / "out", dtype="bfloat16")
+    assert len(alive) > 2
+    assert set(alive) == {1}
+
+
 def test_the_bits_do_not_depend_on_blocks(pico: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = write_lora(pico("llama"), tmp_path / "lora", target_modules="all-linear")
     monkeypatch.setattr(adapted_store, "GRID_BYTES", 7 * 32 * 8)
@@ -204,6 +224,15 @@ def halved(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in tensors.items() if "lora_A" in name}
 
 
+def lengthened(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    lengths = {
+        n.replace("lora_B.weight", "lora_magnitude_vector"): t[:, 0].clone()
+        for n, t in tensors.items()
+        if "lora_B" in n
+    }
+    return {**tensors, **lengths}
+
+
 FAULTS: dict[str, tuple[Callable[[Path], Any], type[UpcycleError], str]] = {
     "rank": (lambda f: change_settings(f, r=8), CheckpointError, r"rank 8 on \[32, 32\]"),
     "shape": (lambda f: change_tensors(f, shorter), CheckpointError, r"\[3, 32\]"),
@@ -215,6 +244,21 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], type[UpcycleError], str]] = {
     "unknown": (lambda f: change_settings(f, layer_replication=[[0, 2]]), RefusalError, "layer_replication"),
     "pattern": (lambda f: change_settings(f, rank_pattern={"(": 3}), CheckpointError, "regular expression"),
     "alpha": (lambda f: change_settings(f, lora_alpha="many"), CheckpointError, "'lora_alpha' must be a number"),
+    "dora without lengths": (
+        lambda f: change_settings(f, use_dora=True),
+        CheckpointError,
+        "has no lora_magnitude_vector, and 'use_dora' .* is true",
+    ),
+    "lengths without dora": (
+        lambda f: change_tensors(f, lengthened),
+        CheckpointError,
+        "has a lora_magnitude_vector, and 'use_dora' .* is false",
+    ),
+    "a switch in words": (
+        lambda f: change_settings(f, use_rslora="false"),
+        CheckpointError,
+        "'use_rslora' must be true or false, got false",
+    ),
     "pickle": (
         lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),
         CheckpointError,

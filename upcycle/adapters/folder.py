@@ -113,6 +113,12 @@ class AdapterFolder:
                 f"{self.file.path}: '{shortened(path)}' has {' and '.join(sorted(parts))}, and a pair of matrices is needed",
                 hint="copy the adapter's folder again",
             )
+        if ("magnitude" in parts) != self.settings.dora:
+            missing, said = ("no ", "true") if self.settings.dora else ("a ", "false")
+            raise CheckpointError(
+                f"{self.file.path}: '{shortened(path)}' has {missing}lora_magnitude_vector, and 'use_dora' of its settings is {said}",
+                hint="the two files are not of one adapter: copy its folder again",
+            )
         first, second = sorted(halves)
         return Pair(path, depth, parts[first], parts[second], "embedding" in first, parts.get("magnitude"))
 

@@ -133,8 +133,8 @@ def read_settings(folder: Path) -> LoraSettings:
         alphas={
             key: _number(value, f"alpha_pattern.{key}", path) for key, value in _pattern(raw, "alpha_pattern", path)
         },
-        rslora=bool(raw.get("use_rslora")),
-        dora=bool(raw.get("use_dora")),
+        rslora=_switch(raw, "use_rslora", path),
+        dora=_switch(raw, "use_dora", path),
         parameters=_names(raw, "target_parameters", path),
     )
 
@@ -159,6 +159,13 @@ def _number(value: object, key: str, path: Path) -> float:
     if type(value) not in (int, float):
         raise _wrong(path, key, "a number", value)
     return float(value)  # type: ignore[arg-type]
+
+
+def _switch(raw: Mapping[str, Any], key: str, path: Path) -> bool:
+    value = raw.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise _wrong(path, key, "true or false", value)
+    return bool(value)
 
 
 def _text(raw: Mapping[str, Any], key: str, path: Path) -> str | None:

@@ -6,6 +6,7 @@ all other changes are made to its weights by PEFT's formulas, written out once m
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,10 +83,7 @@ def check_merge(
     if set(dtypes.values()) != {"float32"}:
         del model
         model = _loaded(base)
-        with torch.no_grad():
-            for name, weight in adapted_weights(model, adapter, stock).items():
-                kept = weight.to(getattr(torch, dtypes[name]))
-                model.get_parameter(name).copy_(kept)
+        write_adapted(model, adapter, stock, dtypes=dtypes)
         rounded = _logits(model, ids)
     del model
     merged = _logits(_loaded(folder), ids)
@@ -100,7 +98,7 @@ def check_merge(
 
 def with_adapter(model: Any, adapter: AdapterFolder, stock: StockPlaces) -> Any:
     """Return the model with the adapter beside its weights, as far as it consists of whole pairs; the rest is written into them."""
-    made, whole = adapted_weights(model, adapter, stock), replaced(adapter, stock)
+    whole = replaced(adapter, stock)
     pairs: dict[str, LowRankPair] = {}
     for change in changes(adapter, stock):
         name = change.place.parameter
@@ -117,37 +115,57 @@ def with_adapter(model: Any, adapter: AdapterFolder, stock: StockPlaces) -> Any:
             pair.a.copy_(a)
             pair.b.copy_(b)
         pairs[name] = pair
+    write_adapted(model, adapter, stock, beside=pairs)
     attach(model, pairs)
-    with torch.no_grad():
-        for name, weight in made.items():
-            if name not in pairs:
-                model.get_parameter(name).copy_(weight)
     return model
 
 
-def adapted_weights(model: Any, adapter: AdapterFolder, stock: StockPlaces) -> dict[str, torch.Tensor]:
-    """Return every parameter that the adapter changes as it becomes, fp64, by PEFT's formulas."""
-    made = {name: adapter.file.read(stored).double() for name, stored in replaced(adapter, stock).items()}
+def write_adapted(
+    model: Any,
+    adapter: AdapterFolder,
+    stock: StockPlaces,
+    beside: Collection[str] = (),
+    dtypes: Mapping[str, str] | None = None,
+) -> None:
+    """Write what the adapter changes into a model, by PEFT's formulas in fp64, one parameter or buffer at a time.
+
+    Args:
+        model: the base's stock model.
+        adapter: the LoRA folder.
+        stock: the base's parameters.
+        beside: names that stay as they are.
+        dtypes: what each is rounded to; None: to the model's own dtype.
+    """
+    whole, held = replaced(adapter, stock), model.state_dict()  # which share the model's memory
+    added: dict[str, list[LowRankChange]] = {name: [] for name in whole}
     for change in changes(adapter, stock):
-        name, pair = change.place.parameter, change.pair
-        weight = made.setdefault(name, model.get_parameter(name).detach().double())
-        a, b = adapter.file.read(pair.a).double(), adapter.file.read(pair.b).double()
-        if change.experts:
-            a, b = _by_expert(a, b, change)
-            delta = torch.einsum("eor,eri->eio" if change.transposed else "eor,eri->eoi", b, a)
-        else:
-            delta = (b @ a).T if change.transposed else b @ a
-        if change.place.expert is not None:
-            weight = weight.clone()
-            first = change.place.first
-            weight[change.place.expert, first : first + len(delta)] += change.scale * delta
-        else:
-            weight = weight + change.scale * delta
-        if pair.magnitude:
-            lengths = adapter.file.read(pair.magnitude).double().view(-1, 1)
-            weight = lengths * weight / weight.norm(dim=1, keepdim=True)
-        made[name] = weight
-    return made
+        added.setdefault(change.place.parameter, []).append(change)
+    for name, found in added.items():
+        if name in beside:
+            continue
+        weight = (adapter.file.read(whole[name]) if name in whole else held[name]).to(torch.float64, copy=True)
+        for change in found:
+            _change(weight, change, adapter)
+        held[name].copy_(weight.to(getattr(torch, dtypes[name])) if dtypes else weight)
+
+
+def _change(weight: torch.Tensor, change: LowRankChange, adapter: AdapterFolder) -> None:
+    """Make one change to a whole parameter, fp64, in place."""
+    pair = change.pair
+    a, b = adapter.file.read(pair.a).double(), adapter.file.read(pair.b).double()
+    if change.experts:
+        a, b = _by_expert(a, b, change)
+        delta = torch.einsum("eor,eri->eio" if change.transposed else "eor,eri->eoi", b, a)
+    else:
+        delta = (b @ a).T if change.transposed else b @ a
+    if change.place.expert is not None:
+        first = change.place.first
+        weight[change.place.expert, first : first + len(delta)] += change.scale * delta
+    else:
+        weight += change.scale * delta
+    if pair.magnitude:
+        lengths = adapter.file.read(pair.magnitude).double().view(-1, 1)
+        weight *= lengths / weight.norm(dim=1, keepdim=True)
 
 
 def _by_expert(a: torch.Tensor, b: torch.Tensor, change: LowRankChange) -> tuple[torch.Tensor, torch.Tensor]:
