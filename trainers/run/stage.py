@@ -83,7 +83,10 @@ class Stage:
         self.model = load_model(folder, dtype, experts=recipe.experts, training=True)
         self.masks = predicts_masked(origin)
         check_fits(self.model.config, tokenizer, recipe.length)
-        leak = packing_leak(self.model.config, recipe.micro_batch)
+        data = stage_recipe.data or recipe.data
+        # A row has one document for itself, unless it is a preference: two answers.
+        apart = data.packing == "alone" and all(domain.chosen is None for domain in data.domains)
+        leak = None if apart else packing_leak(self.model.config, recipe.micro_batch)
         checkpointing = recipe.activation_checkpointing
         prepare_model(self.model, checkpointing=checkpointing, activation=stage_recipe.activation, where=recipe.model)
         self.stepper = Stepper(self.model, stage_recipe, ranks, self._parent(origin, ranks), recipe.clip)
@@ -138,7 +141,6 @@ class Stage:
         if divided:
             self.stepper.attach()
         self.tensors = WholeTensors(self.engine, state_keys(recipe.optimizer))
-        data = stage_recipe.data or recipe.data
         self.stream: TokenStream = open_stream(
             data,
             tokenizer,
