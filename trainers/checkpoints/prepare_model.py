@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from upcycle.architectures import stock
-from upcycle.architectures.clean_settings import clean_config
+from upcycle.architectures.clean_settings import CONFIG, clean_config, clean_file
 from upcycle.architectures.module_paths import text_config
+from upcycle.architectures.stock_auto import is_encoder
 from upcycle.checkpoints.tokenizer_files import copy_files
 from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import read_json
@@ -160,6 +161,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+
+
+def predicts_masked(folder: Path) -> bool:
+    """Whether the model in a folder is a masked language model, as all encoders are that are trained; it is not loaded."""
+    return is_encoder(clean_file(folder / CONFIG))
 
 
 def tokenizer_of(folder: Path) -> Any:

@@ -241,7 +241,7 @@ def open_validation(
         cache = token_cache(data, domain, corpus, tokenizer, masker.frame if masker else None)
         held_out = None if files else held_out_documents(domain.name, corpus, None, cache, data.validation.fraction)
         rule = too_long_rule(domain, corpus)
-        rows = validation_rows(domain.name, corpus, cache, held_out, data.validation.tokens, length, rule)
+        rows = validation_rows(domain.name, corpus, cache, held_out, data.validation.tokens, length, rule, data.packing)
         size = data.validation.batch
         batches = []
         for at in range(0, len(rows), size):

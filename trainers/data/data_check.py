@@ -10,6 +10,7 @@ import numpy as np
 
 from upcycle.errors import UsageError
 from upcycle.formatting import size
+from upcycle.text.windows import frame_of
 from upcycle.trainers.data.corpus import Corpus
 from upcycle.trainers.data.file_checks import FileCheck
 from upcycle.trainers.data.open_domain import (
@@ -29,7 +30,9 @@ _LONG_EXAMPLES = 4 << 20  # the same for examples, which are rendered and tokeni
 _LACKING = {"text": "text", "chat": "messages", "pairs": "a response", "preferences": "answers"}
 
 
-def check_data(data: DataRecipe, tokenizer: Any, length: int, say: Callable[[str], None], turn: int = 0) -> list[str]:
+def check_data(
+    data: DataRecipe, tokenizer: Any, length: int, say: Callable[[str], None], turn: int = 0, masks: bool = False
+) -> list[str]:
     """Read every row of every file before training begins, and report what is read and what is left out.
 
     Examples are also rendered and tokenised, and so is text that is not simply split into rows. All results are kept in the cache,
@@ -41,6 +44,7 @@ def check_data(data: DataRecipe, tokenizer: Any, length: int, say: Callable[[str
         length: tokens per row.
         say: called with lines and warnings about what was found.
         turn: this rank's number: ranks begin with different parts, and share the work.
+        masks: whether the model is a masked language model.
 
     Returns:
         The domains of preferences.
@@ -52,6 +56,7 @@ def check_data(data: DataRecipe, tokenizer: Any, length: int, say: Callable[[str
     started = time.perf_counter()
     read = 0
     preferences = []
+    frame = frame_of(tokenizer) if masks else None
     for domain in data.domains:
         trained = open_domain(data, domain)
         corpora = [corpus for corpus in (trained, open_domain_validation(data, domain, trained)) if corpus]
@@ -68,7 +73,7 @@ def check_data(data: DataRecipe, tokenizer: Any, length: int, say: Callable[[str
             _say_left_out(domain.name, found, _LACKING[corpus.kind], say)
             rule = too_long_rule(domain, corpus)
             if corpus.shards is not None and (corpus.kind != "text" or rule != "split"):
-                cache = token_cache(data, domain, corpus, tokenizer)
+                cache = token_cache(data, domain, corpus, tokenizer, frame)
                 _check_examples(domain, corpus, cache, rule, length, say, turn)
     seconds = time.perf_counter() - started
     if read:

@@ -18,7 +18,7 @@ from upcycle.trainers.data.chat_templates import ChatTemplate
 from upcycle.trainers.data.token_codes import coded
 from upcycle.trainers.data.token_shards import Encoder
 
-_FORMAT = "2"  # part of every key: raise it, and older shards are not read
+_FORMAT = "3"  # part of every key: raise it, and older shards are not read
 
 
 class _Encoded(NamedTuple):
@@ -68,7 +68,7 @@ class ExampleEncoder(Encoder):
         for side in sides:
             if isinstance(side, Broken):
                 return side
-            if not self._all and not any(side.learned):
+            if not self._all and not any(side.learned[1:]):  # nothing predicts the first token
                 return []
             begins = len(ids) or None
             ids += side.ids

@@ -20,7 +20,7 @@ from upcycle.text.reading.conversations import Broken, is_blank
 from upcycle.text.reading.documents import whole_piece
 from upcycle.text.reading.file_kinds import FileKind
 
-_VERSION = "2"
+_VERSION = "3"
 _SHOWN = 3  # broken rows that are named, at most
 _BLOCK = 1 << 20
 

@@ -147,11 +147,14 @@ class PackedBatch:
         """Bool ``[B, L]``: all tokens that are not padding, whether or not they are targets."""
         return self.mask | (self.positions == 0) if self.unpadded is None else self.unpadded
 
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors that there are, by their names."""
+        return {name: part for name, part in vars(self).items() if isinstance(part, torch.Tensor)}
+
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedBatch:
         """A batch of what ``change`` makes of every tensor, with the same domains."""
-        parts: dict[str, Any] = {
-            name: change(part) for name, part in vars(self).items() if isinstance(part, torch.Tensor)
-        }
+        parts: dict[str, Any] = {name: change(part) for name, part in self.tensors.items()}
         return replace(self, **parts)
 
     def masked(self, masker: Masker, rows: Sequence[object]) -> PackedBatch:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -14,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from upcycle.errors import EnvironmentFault, UsageError
+from upcycle.files.atomic_files import write_whole
 from upcycle.files.formats.parsing import parse_json
 from upcycle.files.output.locks import one_at_a_time
 from upcycle.text.reading.conversations import Broken, TextOrExample, content_of, is_blank
@@ -114,13 +114,18 @@ class TokenCache:
         return found
 
     def _write(self, corpus: Corpus, number: int, stem: Path) -> None:
+        # Where files cannot be locked, two processes may write the same shard: each fills files of its own.
+        index: list[bytes] = []
+        write_whole(stem.with_suffix(".tokens"), lambda path: index.append(self._tokenise(corpus, number, path)))
+        write_whole(stem.with_suffix(".safetensors"), lambda path: path.write_bytes(index[0]))
+
+    def _tokenise(self, corpus: Corpus, number: int, path: Path) -> bytes:
+        """Write the tokens of a shard to a file; returns the content of its index."""
         lengths: list[int] = []
         hashes: list[int] = []
         check = FileCheck()
         digest, read = hashlib.sha256(), 0
-        # The name is this process's own: where files cannot be locked, two may write the same shard.
-        temporary = stem.with_name(f"{stem.name}.{os.getpid()}.tokens.tmp")
-        with temporary.open("wb") as file:
+        with path.open("wb") as file:
             for batch in _batches(corpus.documents(number)):
                 read += len(batch)
                 documents = [document for document in batch if not is_blank(document)]
@@ -138,19 +143,15 @@ class TokenCache:
                 block = np.fromiter(chain.from_iterable(rows), np.int32)
                 digest.update(block.data)
                 file.write(block.data)
-        temporary.rename(stem.with_suffix(".tokens"))
         counts = np.array(lengths, np.int64)
         digest.update(counts.data)
-        index = {"lengths": counts, "hashes": np.array(hashes, np.uint64)}
         check += FileCheck(documents=len(lengths))
         facts = {
             "digest": digest.hexdigest()[:16],
             "last": str(not corpus.full(read)),
             "check": json.dumps(vars(check)),
         }
-        unfinished = stem.with_name(f"{stem.name}.{os.getpid()}.tmp")
-        save_file(index, unfinished, metadata=facts)
-        unfinished.rename(stem.with_suffix(".safetensors"))
+        return save({"lengths": counts, "hashes": np.array(hashes, np.uint64)}, metadata=facts)
 
 
 def document_hash(text: str) -> int:

@@ -14,7 +14,7 @@ from upcycle.trainers.data.domain_rows import SHARDS_TOGETHER, HeldOut, read_row
 from upcycle.trainers.data.packing import PackedRow, pack_documents
 from upcycle.trainers.data.token_shards import Hashes, TokenCache, TokenShard
 from upcycle.trainers.data.too_long import fitted
-from upcycle.trainers.recipe.data_recipe import TooLong
+from upcycle.trainers.recipe.data_recipe import Packing, TooLong
 
 _NO_HASHES = np.empty(0, np.uint64)
 
@@ -77,6 +77,7 @@ def validation_rows(
     tokens: int,
     length: int,
     too_long: TooLong = "split",
+    packing: Packing = "best_fit",
 ) -> list[PackedRow]:
     """Rows of a domain's first ``tokens`` held-out tokens, of which some may be padded.
 
@@ -91,6 +92,7 @@ def validation_rows(
         tokens: how many to take, at most.
         length: tokens per row.
         too_long: what becomes of documents longer than a row.
+        packing: that of training: with ``alone``, every document has rows for itself here, too.
 
     Raises:
         UsageError: no document is held out.
@@ -128,7 +130,7 @@ def validation_rows(
         last = tokens - int(size[:-1].sum())  # the last document is cut where the tokens are enough
         size[-1] = min(int(size[-1]), last)
     whole = too_long != "split" or corpus.kind != "text"
-    rows = pack_documents(size, length, "best_fit" if whole else "concatenate")
+    rows = pack_documents(size, length, "alone" if packing == "alone" else "best_fit" if whole else "concatenate")
     return [
         read_row(shards, np.concatenate(chosen), np.concatenate(begins), rows, number, length, 0)
         for number in range(len(rows))

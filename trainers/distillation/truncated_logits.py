@@ -85,10 +85,11 @@ class TopLogits:
 
     def save(self, path: Path) -> None:
         """Write the three tensors to a ``.safetensors`` file."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         tensors = {"tokens": self.tokens, "log_probabilities": self.log_probabilities, "tail": self.tail}
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
+        # Not save_file, whose error on a full disk is no OSError.
+        path.write_bytes(save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}))
 
     @classmethod
     def load(cls, path: Path) -> TopLogits:

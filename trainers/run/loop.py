@@ -20,7 +20,13 @@ from upcycle.files.records import versions
 from upcycle.files.user_paths import user_path
 from upcycle.hardware.memory import keep_freed_memory
 from upcycle.notebook import HtmlShown
-from upcycle.trainers.checkpoints.prepare_model import check_parent_tokens, parent_folder, save_config, tokenizer_of
+from upcycle.trainers.checkpoints.prepare_model import (
+    check_parent_tokens,
+    parent_folder,
+    predicts_masked,
+    save_config,
+    tokenizer_of,
+)
 from upcycle.trainers.checkpoints.read import SavedRun, open_checkpoint
 from upcycle.trainers.checkpoints.write import save
 from upcycle.trainers.data.chat_templates import kept_template
@@ -47,7 +53,7 @@ from upcycle.trainers.run.run_folder import (
 )
 from upcycle.trainers.run.run_progress import RunProgress
 from upcycle.trainers.run.run_start import agreed_checkpoint, check_model, check_room, check_shared, explained_writes
-from upcycle.trainers.run.stage import Stage
+from upcycle.trainers.run.stage import Stage, check_objective
 from upcycle.trainers.run.step_result import StepResult
 from upcycle.trainers.run.validation import on_device, validate
 
@@ -136,11 +142,13 @@ class _Run:
         checked: list[tuple[DataRecipe, list[str]]] = []
         every = [stage.data or self.recipe.data for stage in self.recipe.stages]
         self.template = kept_template(self.tokenizer, (data.chat_template for data in every))
+        masks = predicts_masked(self.origin)
         for stage in self.recipe.stages:
+            check_objective(self.recipe, stage, masks)
             data = stage.data or self.recipe.data
             preferences = next((found for before, found in checked if before == data), None)
             if preferences is None:
-                preferences = check_data(data, self.tokenizer, self.recipe.length, self.say, self.ranks.rank)
+                preferences = check_data(data, self.tokenizer, self.recipe.length, self.say, self.ranks.rank, masks)
                 checked.append((data, preferences))
             check_preferences(stage, preferences)
             parents = {reference_parent(data, self.origin)}

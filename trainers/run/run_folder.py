@@ -195,16 +195,16 @@ def export_model(folder: Path, checkpoint: Path | None, ranks: Ranks, say: Calla
 def save_batches(folder: Path, step: int, rank: int, batches: Sequence[PackedBatch]) -> Path:
     """Save what a rank read in a step for inspection; returns the file.
 
-    Its tensors are ``ids.0``, ``mask.0`` and ``positions.0`` of the first pass (and ``given.0``, where tokens are masked), and so on,
-    ``[B, L]`` each.
+    Its tensors are those of each :class:`PackedBatch` by their names, ``ids.0``, ``mask.0``, ``positions.0`` ... of the first pass and
+    so on, ``[B, L]`` each.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     path = folder / f"bad-batch-step-{step:08d}-rank-{rank}.safetensors"
     tensors = {
-        f"{name}.{number}": getattr(batch, name).cpu().clone()
+        f"{name}.{number}": part.cpu().clone()
         for number, batch in enumerate(batches)
-        for name in ("ids", "mask", "positions", *(("given",) if batch.given is not None else ()))
+        for name, part in batch.tensors.items()
     }
-    save_file(tensors, path)
+    path.write_bytes(save(tensors))
     return path

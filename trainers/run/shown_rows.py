@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from upcycle.files.locate import locate
-from upcycle.trainers.checkpoints.prepare_model import tokenizer_of
+from upcycle.trainers.checkpoints.prepare_model import predicts_masked, tokenizer_of
 from upcycle.trainers.data.batches import open_stream
 from upcycle.trainers.data.data_check import check_data
 from upcycle.trainers.recipe.training_recipe import TrainRecipe
+from upcycle.trainers.run.stage import check_objective
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ class ShownRow:
 def shown_rows(recipe: TrainRecipe, count: int, say: Callable[[str], None]) -> list[ShownRow]:
     """The first ``count`` rows of a run's first stage. Its data are checked as the run checks them; no weights are read.
 
+    Of a masked language model, the tokens that it predicts are learned, and shown as they are in the text; of preferences, both
+    answers are.
+
     Args:
         recipe: the run's.
         count: how many rows.
@@ -50,14 +54,17 @@ def shown_rows(recipe: TrainRecipe, count: int, say: Callable[[str], None]) -> l
     Raises:
         UpcycleError: the data cannot be trained on, or the model has no tokenizer.
     """
-    tokenizer = tokenizer_of(locate(recipe.model).path)
+    origin = locate(recipe.model).path
+    tokenizer, masks = tokenizer_of(origin), predicts_masked(origin)
+    check_objective(recipe, recipe.stages[0], masks)
     data = recipe.stages[0].data or recipe.data
-    check_data(data, tokenizer, recipe.length, say)
+    check_data(data, tokenizer, recipe.length, say, masks=masks)
     stream = open_stream(
-        data, tokenizer, length=recipe.length, micro_batch=count, rank=0, world_size=1, seed=recipe.seed
+        data, tokenizer, length=recipe.length, micro_batch=count, rank=0, world_size=1, seed=recipe.seed, masks=masks
     )
     batch = stream.next_batch()
-    rows = zip(batch.domains, batch.ids, batch.mask, batch.positions, batch.real, strict=True)
+    learned = batch.mask if batch.compared is None else batch.mask | batch.compared
+    rows = zip(batch.domains, batch.ids, learned, batch.positions, batch.real, strict=True)
     return [_row(tokenizer, *row) for row in rows]
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from upcycle.adapters.live import adapter_of
-from upcycle.architectures.stock_auto import is_encoder
 from upcycle.errors import UpcycleError, UsageError
 from upcycle.files.user_paths import user_path
 from upcycle.models.load import load_model
@@ -20,7 +19,12 @@ from upcycle.models.own.moe_block import PackedExperts
 from upcycle.trainers.adapting.peft_folder import description
 from upcycle.trainers.adapting.targets import add_adapter, unpaired_warning
 from upcycle.trainers.checkpoints.dense_states import DenseStates
-from upcycle.trainers.checkpoints.prepare_model import check_parent, parent_folder, prepare_model
+from upcycle.trainers.checkpoints.prepare_model import (
+    check_parent,
+    parent_folder,
+    predicts_masked,
+    prepare_model,
+)
 from upcycle.trainers.checkpoints.read import SavedRun
 from upcycle.trainers.checkpoints.whole_tensors import WholeTensors
 from upcycle.trainers.data.batches import TokenStream, open_stream, open_validation
@@ -34,7 +38,6 @@ from upcycle.trainers.forecast.flops import training_flops
 from upcycle.trainers.optimizing.optimizers import make_optimizer, state_keys
 from upcycle.trainers.optimizing.parameter_groups import frozen_parts, groups, select
 from upcycle.trainers.optimizing.router_rates import router_warning
-from upcycle.trainers.recipe.data_recipe import DataRecipe
 from upcycle.trainers.recipe.part_recipes import ControlParameters
 from upcycle.trainers.recipe.training_recipe import DistillationRecipe, StageRecipe, TrainRecipe, accumulation
 from upcycle.trainers.routing.stock_routers import moe_layers, unread_warning, untaught_warning
@@ -78,10 +81,12 @@ class Stage:
         # The checkpoints of an adapter hold it alone.
         folder = saved.folder if saved and recipe.adapter is None else origin
         self.model = load_model(folder, dtype, experts=recipe.experts, training=True)
-        self.masks = is_encoder(self.model.config)  # it is a masked language model: load_model loads no other encoder
-        self._check_objective(stage_recipe.data or recipe.data)
+        self.masks = predicts_masked(origin)
         check_fits(self.model.config, tokenizer, recipe.length)
-        leak = packing_leak(self.model.config, recipe.micro_batch)
+        data = stage_recipe.data or recipe.data
+        # A row has one document for itself, unless it is a preference: two answers.
+        apart = data.packing == "alone" and all(domain.chosen is None for domain in data.domains)
+        leak = None if apart else packing_leak(self.model.config, recipe.micro_batch)
         checkpointing = recipe.activation_checkpointing
         prepare_model(self.model, checkpointing=checkpointing, activation=stage_recipe.activation, where=recipe.model)
         self.stepper = Stepper(self.model, stage_recipe, ranks, self._parent(origin, ranks), recipe.clip)
@@ -136,7 +141,6 @@ class Stage:
         if divided:
             self.stepper.attach()
         self.tensors = WholeTensors(self.engine, state_keys(recipe.optimizer))
-        data = stage_recipe.data or recipe.data
         self.stream: TokenStream = open_stream(
             data,
             tokenizer,
@@ -152,20 +156,6 @@ class Stage:
             saved.restore(self.tensors, states=resumed)
         elif recipe.dense_states:
             DenseStates(user_path(recipe.dense_states), origin).give(self.tensors)
-
-    def _check_objective(self, data: DataRecipe) -> None:
-        """Refuse keys that do not go with what the model predicts: masked tokens, or the next one."""
-        name, distillation = self.stage_recipe.name, self.stage_recipe.distillation
-        if data.masking and not self.masks:
-            raise UsageError(
-                f"stage '{name}': data.masking is for masked language models, and {self.recipe.model} predicts the next token",
-                hint="leave masking out",
-            )
-        if self.masks and distillation and distillation.cache:
-            raise UsageError(
-                f"stage '{name}': distillation.cache keeps what a parent says of a row, and a row is masked anew whenever it is read",
-                hint="leave cache out",
-            )
 
     @property
     def top_k(self) -> int:
@@ -250,3 +240,23 @@ class Stage:
             # There are no other ranks to add gradients with. DeepSpeed would still copy all gradients into a bucket and back.
             engine.enable_backward_allreduce = False
         return engine
+
+
+def check_objective(recipe: TrainRecipe, stage: StageRecipe, masks: bool) -> None:
+    """Refuse keys of a stage that do not go with what the model predicts: masked tokens (``masks``), or the next one.
+
+    Raises:
+        UsageError: names the key.
+    """
+    data, distillation = stage.data or recipe.data, stage.distillation
+    if data.masking and not masks:
+        raise UsageError(
+            f"stage '{stage.name}': data.masking is for masked language models, and {recipe.model} predicts the next token",
+            hint="leave masking out",
+        )
+    if masks and distillation and distillation.cache:
+        raise UsageError(
+            f"stage '{stage.name}': distillation.cache keeps what a parent says of a row, and a row is masked anew whenever it is "
+            "read",
+            hint="leave cache out",
+        )

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from chats import messages, write_chats
 from click.testing import CliRunner
-from training_runs import recipe_for
+from encoder_cases import text_encoder
+from training_runs import recipe_for, write_text
 
 from upcycle.cli.main import cli, main
 from upcycle.cli.reference.json_page import JSON_KEYS
@@ -67,6 +68,34 @@ def test_rows_are_shown_as_they_are_trained_on(chats: list[str], tmp_path: Path)
         for document in row["documents"]:
             assert [part["learned"] for part in document] == [False, True, False]
             assert list(document[0]) == JSON_KEYS["train --show documents"].split()
+
+
+def test_both_answers_of_a_preference_are_shown_as_learned(chats: list[str], tmp_path: Path) -> None:
+    asked = [messages(f"What is {n}?", f"It is {n}.") for n in range(20)]
+    rows = [{"chosen": chat, "rejected": [chat[0], {**chat[1], "content": "No."}]} for chat in asked]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    domains = json.dumps({"p": {"text": str(path), "chosen": "chosen", "rejected": "rejected"}})
+    told = [word for word in chats if not word.startswith("data=")]
+    told.pop(told.index("--set"))
+    shown = CliRunner().invoke(cli, [*told, "--set", f"data.domains={domains}", "--json", "-q"])
+    assert shown.exit_code == 0, shown.output
+    for row in json.loads(shown.stdout)["rows"]:
+        assert row["learned"]
+        answers = [part["text"] for document in row["documents"] for part in document if part["learned"]]
+        assert answers[1::2] == [" No.<|endoftext|>"] * (len(answers) // 2)
+        assert all(answer.startswith(" It is ") for answer in answers[::2])
+
+
+def test_rows_of_a_masked_language_model_are_shown(tmp_path: Path) -> None:
+    text_encoder("bert", tmp_path / "bert")
+    words = ["train", "heal_split", "--model", str(tmp_path / "bert"), "--output", str(tmp_path / "run"), "--show", "2"]
+    sets = {"data": write_text(tmp_path / "text.jsonl"), "data.cache": tmp_path / "cache", "length": 64}
+    words += [word for key, value in sets.items() for word in ("--set", f"{key}={value}")]
+    shown = CliRunner().invoke(cli, [*words, "--json", "-q"])
+    assert shown.exit_code == 0, shown.output
+    for row in json.loads(shown.stdout)["rows"]:
+        assert 0 < row["learned"] < row["tokens"] / 4
 
 
 @pytest.mark.parametrize("columns", ["60", "200"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,14 @@ def test_a_column_of_system_messages_is_not_lost(tmp_path: Path, ending: str) ->
     assert [list(each.messages) for each in third] == [[system, *TALK]] * len(third)
 
 
+def test_times_beside_what_is_said_are_no_obstacle(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    chats = [[{**message, "at": datetime(2026, 1, day, tzinfo=UTC)} for message in TALK] for day in (1, 2)]
+    datasets.Dataset.from_list([{"messages": chat} for chat in chats]).to_parquet(tmp_path / "a.parquet")
+    first, second = examples(tmp_path / "a.parquet")
+    assert first.content != second.content
+
+
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "saved"])
 def test_tables_hold_the_same(tmp_path: Path, kind: str) -> None:
     datasets = pytest.importorskip("datasets")
@@ -109,6 +118,10 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "no message": ({"messages": ["Hi"]}, "message 1 of 'messages' is str, not a role and content"),
     "a weight": ({"messages": [TALK[0], {**TALK[1], "weight": 0.5}]}, "has weight 0.5, and only 0 and 1 are known"),
     "tools": ({"messages": TALK, "tools": "{"}, "column 'tools' is not a list of tools"),
+    "unequal lists": (
+        {"messages": {"role": ["user", "assistant"], "content": ["Hi"]}},
+        r"lists of unequal length \(2 of role, 1 of content\)",
+    ),
     "cut": ('{"messages": [{"role', "is not JSON"),
     "gone": ({"other": 1}, "no column 'messages'; the columns are other"),
 }
@@ -157,11 +170,41 @@ BOTH = {"response": "chosen", "rejected": "rejected"}
         ({"chosen": "Hello", "rejected": "Go away", "ask": "Hi"}, ("ask",)),
         ({"chosen": TALK[1:], "rejected": OTHER[1:], "ask": TALK[:1]}, ("ask",)),
         ({"chosen": TALK[1:], "rejected": OTHER[1:], "ask": "Hi"}, ("ask",)),
+        ({"chosen": "Hello", "rejected": "Go away", "ask": TALK[:1]}, ("ask",)),
     ],
 )
 def test_preferences_are_two_answers_to_the_same(tmp_path: Path, row: Any, prompt: Any) -> None:
     (found,) = examples(write(tmp_path / "a.jsonl", row), prompt=prompt, **BOTH)
     assert (list(found.messages), list(found.rejected), found.taught) == (TALK, OTHER, (False, True))
+
+
+def test_a_column_of_system_messages_belongs_to_preferences_of_every_form(tmp_path: Path) -> None:
+    answers = {"chosen": "Hello", "rejected": "Go away"}, {"chosen": TALK[1:], "rejected": OTHER[1:]}
+    path = write(tmp_path / "a.jsonl", *({**each, "ask": "Hi", "system": "Be brief."} for each in answers))
+    system = {"role": "system", "content": "Be brief."}
+    for found in examples(path, prompt=("ask",), **BOTH):
+        assert (list(found.messages), list(found.rejected)) == ([system, *TALK], [system, *OTHER])
+    for found in examples(path, prompt=("system", "ask"), **BOTH):  # it is there already
+        assert list(found.messages) == [{"role": "user", "content": "Be brief.\n\nHi"}, TALK[1]]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"chosen": TALK[1:], "rejected": OTHER[1:]}, "line 2: no column 'ask'"),
+        ({"ask": 3, "chosen": TALK[1:], "rejected": OTHER[1:]}, "line 2: column 'ask' holds int, not text"),
+        ({"ask": " ", "chosen": TALK[1:], "rejected": OTHER[1:]}, r"line 2: the prompt \(ask\) is blank"),
+        ({"ask": "Hi", "chosen": "Hello", "rejected": " "}, "line 2: column 'rejected' does not end with an answer"),
+        (
+            {"ask": "Hi", "chosen": TALK, "rejected": OTHER},
+            "line 2: column 'chosen' holds 2 messages, and beside a prompt",
+        ),
+    ],
+)
+def test_a_prompt_in_a_column_of_its_own_is_neither_lost_nor_doubled(tmp_path: Path, row: Any, message: str) -> None:
+    path = write(tmp_path / "a.jsonl", {"ask": "Hi", "chosen": "Hello", "rejected": "Go away"}, row)
+    with pytest.raises(UsageError, match=message):
+        examples(path, prompt=("ask",), **BOTH)
 
 
 @pytest.mark.parametrize(

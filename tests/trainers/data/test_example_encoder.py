@@ -10,7 +10,7 @@ from chats import CHATML, THINKING, messages, sums
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.errors import UsageError
 from upcycle.files.locate import DEMO_FOLDER
-from upcycle.text.reading.conversations import Broken, Example, conversation, pair
+from upcycle.text.reading.conversations import Broken, Example, conversation, pair, preference
 from upcycle.trainers.data.chat_templates import BUILT_IN, ChatTemplate
 from upcycle.trainers.data.example_encoder import ExampleEncoder
 
@@ -113,6 +113,14 @@ def test_a_fingerprint_is_of_template_and_loss(tokenizer: Any) -> None:
 def test_a_slow_tokenizer_is_refused(letters: Any) -> None:
     with pytest.raises(UsageError, match="conversations need a fast tokenizer"):
         ExampleEncoder(letters, True, TURNS, "answers")
+
+
+def test_an_answer_that_nothing_predicts_is_none(letters: Any) -> None:
+    """Of two answers to nothing, the one of a single token would leave its pair with one side."""
+    found = preference({"ask": messages(""), "better": "ab", "worse": "a"}, ["ask"], "better", "worse", "x")
+    assert isinstance(found, Example)
+    assert ExampleEncoder(letters, False, None, "answers").encode([found]) == [[]]
+    assert ExampleEncoder(letters, True, None, "answers").encode([found]) != [[]]
 
 
 def test_examples_are_examples() -> None:

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from chats import sums, write_chats
 from encoder_cases import SPECIAL, character_tokenizer
 from training_runs import write_text
 
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.errors import UsageError
 from upcycle.trainers.data.batches import open_stream, open_validation
+from upcycle.trainers.data.data_check import check_data
 from upcycle.trainers.data.masking import Masker
 from upcycle.trainers.data.packing import PackedBatch
 from upcycle.trainers.recipe.data_recipe import DataRecipe, MaskingRecipe
@@ -111,3 +113,20 @@ def test_what_is_wrong_is_said(tmp_path: Path, tokenizer: Any) -> None:
     tokenizer.mask_token = None
     with pytest.raises(UsageError, match="has no mask token"):
         Masker(MaskingRecipe(), tokenizer, 0)
+
+
+def test_the_check_reads_text_as_a_masked_language_model_does(tmp_path: Path, tokenizer: Any) -> None:
+    """Such tokenizers have no end-of-text token, and no chat template."""
+    recipe = data(tmp_path)
+    domain = recipe.domains[0].model_copy(update={"too_long": "drop"})
+    recipe = recipe.model_copy(update={"domains": [domain]})
+    check_data(recipe, tokenizer, LENGTH, lambda _: None, masks=True)
+    tokenised = set((tmp_path / "cache").rglob("*.tokens"))
+    assert tokenised
+    batches(recipe, tokenizer)
+    assert set((tmp_path / "cache").rglob("*.tokens")) == tokenised, "the run takes what the check tokenised"
+    chats = recipe.model_copy(
+        update={"domains": [domain.model_copy(update={"text": [write_chats(tmp_path / "c.jsonl", sums(3))]})]}
+    )
+    with pytest.raises(UsageError, match="conversations or pairs, and a masked language model learns text"):
+        check_data(chats, tokenizer, LENGTH, lambda _: None, masks=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from file_limits import files_of_at_most
 
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.errors import EnvironmentFault, UsageError
@@ -84,8 +85,7 @@ def test_a_reader_that_fails_leaves_no_shard(tmp_path: Path, letters: Any) -> No
 
     with pytest.raises(UsageError, match="line 7"):
         TokenCache(tmp_path, Encoder(letters)).shard(Broken([]), 0)
-    assert not list(tmp_path.rglob("*.safetensors"))
-    assert not list(tmp_path.rglob("*.tokens"))
+    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".lock"}
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, letters: Any) -> None:
@@ -95,13 +95,16 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, letters: Any) -> None:
     assert "cache: FOLDER" in str(caught.value.hint)
 
 
-def test_a_disk_that_fills(tmp_path: Path, letters: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(token_shards, "save_file", full)
-    with pytest.raises(EnvironmentFault, match="No space left on device"):
-        TokenCache(tmp_path, Encoder(letters)).shard(Listed(DOCUMENTS), 0)
+@pytest.mark.parametrize(
+    "room", [4000, 12000]
+)  # less than tokens take, or than their index: 8 and 16 bytes per document
+def test_a_disk_that_fills(tmp_path: Path, letters: Any, room: int) -> None:
+    cache, corpus = TokenCache(tmp_path, Encoder(letters)), Listed(["a"] * 1000)
+    with pytest.raises(EnvironmentFault, match=r"cannot be kept in .*: File too large"), files_of_at_most(room):
+        cache.shard(corpus, 0)
+    left = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
+    assert left <= {".lock", ".tokens"}, "what is unfinished does not fill the disk"
+    assert len(cache.shard(corpus, 0).lengths) == 1000
 
 
 def test_special_tokens(letters: Any, pico: Callable[[str], Path]) -> None:

@@ -42,6 +42,12 @@ def test_held_out_documents_in_order(corpus: LocalCorpus, cache: TokenCache, tok
     assert len(found) - len(expected) < 32
 
 
+def test_documents_that_are_alone_in_training_are_alone_here(corpus: LocalCorpus, cache: TokenCache) -> None:
+    rows = validation_rows("x", corpus, cache, None, 10**6, 32, packing="alone")
+    assert len(rows) == len(TEXTS)
+    assert {int((positions == 0).sum()) for _, positions, *_ in rows} == {1}
+
+
 def test_a_validation_corpus_of_its_own_is_read_as_a_whole(corpus: LocalCorpus, cache: TokenCache) -> None:
     rows = validation_rows("x", corpus, cache, None, 10**6, 32)
     assert sum(int((positions == 0).sum()) for _, positions, *_ in rows) >= len(TEXTS)

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from file_limits import files_of_at_most
 from safetensors.torch import load_file, save_file
 from training_runs import losses, recipe_for, run, steps
 
 pytest.importorskip("deepspeed")
 
 import upcycle
-from upcycle.errors import CheckpointError, UsageError
+from upcycle.errors import CheckpointError, EnvironmentFault, UsageError
 from upcycle.trainers.data.packing import PackedBatch
 from upcycle.trainers.distillation.logit_cache import LogitCache, joined_rows, parent_identity, prepare_cache
 from upcycle.trainers.distillation.truncated_logits import TopLogits
@@ -150,6 +151,13 @@ def test_rows_are_found_again_in_any_order(tmp_path: Path) -> None:
     elsewhere = PackedBatch(batch.ids, batch.mask, batch.positions + 1, batch.domains)
     cache.targets(elsewhere, model)
     assert len(asked) == 6  # the same tokens at other positions are another row
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    prepare_cache(tmp_path / "c", {"format": 1})
+    with pytest.raises(EnvironmentFault, match=r"cannot write .*\.safetensors: File too large"), files_of_at_most(64):
+        LogitCache(tmp_path / "c", 0.9, 8).targets(rows(1), lambda batch: torch.zeros(1, 6, 50))
+    assert not [path for path in (tmp_path / "c").rglob("*") if path.is_file() and path.name != "cache.json"]
 
 
 def test_rows_with_fewer_tokens_are_padded_when_joined() -> None:

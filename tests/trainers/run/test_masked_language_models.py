@@ -54,6 +54,9 @@ def test_a_run_learns_and_its_loss_is_that_of_the_stock_class(
     assert losses(recipe)[-1] < losses(recipe)[0] - 0.3
     assert all(line["loss/switch_balance"] > 0 for line in steps(recipe))
     assert any("reads a row as a whole" in line for line in said)
+    if name == "bert":
+        _, said = run(recipe_for(moe, tmp_path / "alone", stage={"steps": 1}, data={"packing": "alone"}))
+        assert not any("reads a row as a whole" in line for line in said)
     stream = open_stream(
         recipe.data, tokenizer_of(moe), length=32, micro_batch=4, rank=0, world_size=1, seed=recipe.seed, masks=True
     )

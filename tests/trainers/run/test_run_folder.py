@@ -37,9 +37,9 @@ def test_batches_of_a_step_are_saved(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     ids = torch.arange(6).view(2, 3)
-    batch = PackedBatch(ids, ids > 0, ids % 3, ("a", "b"))
+    batch = PackedBatch(ids, ids > 0, ids % 3, ("a", "b"), compared=ids > 2)
     found = load_file(save_batches(tmp_path, 7, 1, [batch, batch]))
-    assert set(found) == {f"{name}.{number}" for name in ("ids", "mask", "positions") for number in (0, 1)}
+    assert set(found) == {f"{name}.{number}" for name in ("ids", "mask", "positions", "compared") for number in (0, 1)}
     assert torch.equal(found["ids.1"], ids)
     assert torch.equal(found["mask.0"], ids > 0)
 

@@ -50,7 +50,8 @@ class Example:
     def content(self) -> str:
         """All that it says, as JSON: equal conversations have equal ones, wherever they stand."""
         rejected = [self.rejected] if self.rejected else []
-        return json.dumps([self.messages, self.tools, self.taught, *rejected], ensure_ascii=False)
+        # Tables may have times or bytes beside what is said.
+        return json.dumps([self.messages, self.tools, self.taught, *rejected], ensure_ascii=False, default=str)
 
 
 TextOrExample: TypeAlias = str | Example
@@ -76,14 +77,9 @@ def conversation(value: Any, row: Mapping[str, Any], column: str, where: object)
         column: the column's name, for messages.
         where: the row's place.
     """
-    if isinstance(value, Mapping) and value and all(isinstance(part, list) for part in value.values()):
-        value = [dict(zip(value, each, strict=False)) for each in zip(*value.values(), strict=False)]
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        value = _parsed(value)
-    if value is None or value == []:
-        return Example((), where)
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        return Broken(f"{where}: column '{column}' holds {type(value).__name__}, not a list of messages")
+    value = _message_list(value, column, where)
+    if isinstance(value, Broken) or not value:
+        return value or Example((), where)
     messages, taught = [], []
     for number, given in enumerate(value, start=1):
         message = _message(given, f"{where}: message {number} of '{column}'")
@@ -112,17 +108,13 @@ def pair(row: Mapping[str, Any], prompt: Sequence[str], response: str, where: ob
         response: the column of the response.
         where: the row's place.
     """
-    texts = []
-    for column in (*prompt, response):
-        if column not in row:
-            return Broken(f"{where}: no column '{column}'; the columns are {', '.join(sorted(map(str, row)))}")
-        if not isinstance(row[column], str | None):
-            return Broken(f"{where}: column '{column}' holds {type(row[column]).__name__}, not text")
-        texts.append(row[column] or "")
-    *asked, answer = texts
+    question, answer = _question(row, prompt, where), _text(row, response, where)
+    if isinstance(question, Broken):
+        return question
+    if isinstance(answer, Broken):
+        return answer
     if not answer.strip():
         return Example((), where)
-    question = "\n\n".join(text for text in asked if text.strip())
     if not question:
         return Broken(f"{where}: the prompt ({', '.join(prompt)}) is blank, but there is a response")
     messages = {"role": "user", "content": question}, {"role": ANSWERS, "content": answer}
@@ -142,17 +134,16 @@ def preference(
         rejected: the column of the worse one.
         where: the row's place.
     """
+    asked = _asked(row, prompt, where)
+    if isinstance(asked, Broken):
+        return asked
+    beside = {name: value for name, value in row.items() if name not in prompt}
     sides = []
     for column in (chosen, rejected):
-        if prompt and isinstance(row.get(column), str):
-            side = pair(row, prompt, column, where)
-        else:
-            asked = row.get(prompt[0]) if len(prompt) == 1 else None
-            if prompt and not isinstance(asked, list):
-                asked = [{"role": "user", "content": "\n\n".join(str(row.get(name) or "") for name in prompt).strip()}]
-            answer = row.get(column)
-            whole = [*(asked or []), *answer] if isinstance(answer, list) else answer
-            side = conversation(whole, row, column, where)
+        answer = _answer(row.get(column), prompt, column, where)
+        if isinstance(answer, list) and answer:
+            answer = [*asked, *answer]
+        side = answer if isinstance(answer, Broken) else conversation(answer, beside, column, where)
         if isinstance(side, Broken):
             return side
         if not side.messages or side.messages[-1]["role"] != ANSWERS:
@@ -168,6 +159,69 @@ def preference(
         return Broken(f"{where}: the answers in '{chosen}' and '{rejected}' are equal, so there is nothing to prefer")
     last = (*(False for _ in better.messages[:-1]), True)
     return Example(better.messages, where, better.tools, last, worse.messages)
+
+
+def _asked(row: Mapping[str, Any], prompt: Sequence[str], where: object) -> list[Any] | Broken:
+    """Return the messages that both answers of a preference follow: those in the only column of the prompt, or its text."""
+    if not prompt:
+        return []
+    if len(prompt) == 1 and isinstance(row.get(prompt[0]), list):
+        return list(row[prompt[0]])
+    question = _question(row, prompt, where)
+    if isinstance(question, Broken):
+        return question
+    if not question:
+        return Broken(f"{where}: the prompt ({', '.join(prompt)}) is blank, but there are answers")
+    return [{"role": "user", "content": question}]
+
+
+def _answer(value: Any, prompt: Sequence[str], column: str, where: object) -> Any:
+    """Return the messages in the column of an answer, or why it has none; beside a prompt, it is one message, or its text."""
+    if not prompt:
+        return value
+    if isinstance(value, str):
+        value = [{"role": ANSWERS, "content": value}] if value.strip() else []
+    if isinstance(value, list) and len(value) > 1:
+        return Broken(
+            f"{where}: column '{column}' holds {len(value)} messages, and beside a prompt ({', '.join(prompt)}) it must be the answer "
+            "alone; if they begin with the prompt, leave prompt out of the domain"
+        )
+    return value
+
+
+def _question(row: Mapping[str, Any], prompt: Sequence[str], where: object) -> str | Broken:
+    """Return the texts of the prompt's columns that are not blank, joined by empty lines."""
+    texts = []
+    for column in prompt:
+        text = _text(row, column, where)
+        if isinstance(text, Broken):
+            return text
+        texts += [text] if text.strip() else []
+    return "\n\n".join(texts)
+
+
+def _text(row: Mapping[str, Any], column: str, where: object) -> str | Broken:
+    if column not in row:
+        return Broken(f"{where}: no column '{column}'; the columns are {', '.join(sorted(map(str, row)))}")
+    if not isinstance(row[column], str | None):
+        return Broken(f"{where}: column '{column}' holds {type(row[column]).__name__}, not text")
+    return row[column] or ""
+
+
+def _message_list(value: Any, column: str, where: object) -> list[Any] | Broken:
+    """Return the messages in any of the forms that :func:`conversation` reads, still as they are written."""
+    if isinstance(value, Mapping) and value and all(isinstance(part, list) for part in value.values()):
+        if len(set(map(len, value.values()))) > 1:
+            sizes = ", ".join(f"{len(part)} of {name}" for name, part in value.items())
+            return Broken(f"{where}: column '{column}' holds lists of unequal length ({sizes}), not a list of messages")
+        value = [dict(zip(value, each, strict=True)) for each in zip(*value.values(), strict=True)]
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = _parsed(value)
+    if value is None:
+        return []
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return Broken(f"{where}: column '{column}' holds {type(value).__name__}, not a list of messages")
+    return list(value)
 
 
 def _message(given: Any, where: str) -> dict[str, Any] | Broken:
