@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,9 @@ from wrapped_models import relative_error
 
 import upcycle
 import upcycle.models
-from upcycle.calibration.imitate import Mlp, hoyer_share, imitation
+from upcycle.calibration.imitate import Mlp, _examples, hoyer_share, imitation
 from upcycle.errors import CheckpointError, RefusalError, UsageError
+from upcycle.files.formats.token_files import TokenFile
 from upcycle.models.own.moe_block import MoeBlock
 from upcycle.planning.projections import imitating_width
 from upcycle.recipe.projections_recipe import ProjectionsRecipe
@@ -109,6 +111,19 @@ def test_imitations_learn_and_hoyer_makes_them_sparse() -> None:
     rows = drawn(5, 7).relu()
     for row, found in zip(rows.double(), hoyer_share(rows), strict=True):
         assert float(found) == pytest.approx(float(row.sum() ** 2 / row.square().sum() / 7), rel=1e-5)
+
+
+def test_as_many_tokens_are_learnt_as_are_asked_for_evenly_spread(tmp_path: Path) -> None:
+    rows = torch.arange(64.0)[:, None].expand(64, 3).contiguous()
+    file = TokenFile(tmp_path / "x", 3)
+    file.write(rows.split(4))
+    for asked, found in ((33, 33), (56, 56), (500, 56), (1, 1)):
+        learned, judged = _examples(file, 4, asked)
+        assert judged[:, 0].tolist() == [28, 29, 30, 31, 60, 61, 62, 63]
+        assert len(learned) == found
+        places = [int(row) - 4 * (row > 31) for row in learned[:, 0]]  # among those that are not held out
+        gaps = {b - a for a, b in itertools.pairwise(places)}
+        assert not gaps or max(gaps) - min(gaps) <= 1
 
 
 def source(name: str, pico: Callable[[str], Path], folder: Path) -> Path:
@@ -229,6 +244,14 @@ def test_what_cannot_be_is_refused(
     with pytest.raises(error, match=message):
         upcycle.convert(str(pico("llama")), tmp_path / "out", **{**CONVERTED, **keys})
     assert not (tmp_path / "out").exists()
+
+
+def test_models_whose_passes_pause_are_refused_before_anything_is_calibrated(tmp_path: Path) -> None:
+    """Nothing imitates their projections: the files of the experts would be missed when they are written."""
+    text_encoder("deberta", tmp_path / "dense")
+    with pytest.raises(RefusalError, match="those of a deberta model are no single row"):
+        upcycle.convert(str(tmp_path / "dense"), tmp_path / "out", **CONVERTED)
+    assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.long

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from encoder_cases import image_folder
-from media_cases import captioned_images, pair_file, sound_folder, sound_model, two_towers
+from media_cases import captioned_images, pair_file, sound_folder, sound_model, two_towers, write_sound
 
 from upcycle.architectures.stock import build_config
 from upcycle.errors import CheckpointError, UsageError
@@ -82,6 +82,7 @@ def test_what_is_wrong_with_a_source_is_said(tmp_path: Path) -> None:
     fails("clip", "reads images and text, and there are no images", str(tmp_path / "lines.txt"))
     fails("clip", "prose is no source for a model that reads images and text", "prose")
     fails("whisper", r"000\.wav: there is no 000\.txt with what is said in it", str(sounds))
+    fails("whisper", r"gone\.wav does not exist, so it is no source for a model that reads speech", "gone.wav")
     fails("whisper", r"pairs\.jsonl is no source for a model that reads speech", str(pairs))
     settings = tmp_path / "whisper" / "preprocessor_config.json"
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "feature_size": 4}))
@@ -97,6 +98,26 @@ def test_what_is_wrong_with_a_source_is_said(tmp_path: Path) -> None:
             find_examples("pairs", wanted(pairs, **keys), 5)
     with pytest.raises(UsageError, match="is plain text and has no column 'answer'"):
         find_examples("pairs", wanted(tmp_path / "lines.txt", target="answer"), 5)
+
+
+def test_a_sound_of_less_than_two_states_is_named(tmp_path: Path) -> None:
+    """How many samples these need is what the stock class says."""
+    model = sound_model("hubert", tmp_path / "hubert")
+    sounds = sound_folder(tmp_path / "sounds", 2, spoken=False)
+    raw = json.loads((tmp_path / "hubert" / "config.json").read_text())
+    reader = InputReader("sounds", build_config(raw, "hubert"), tmp_path / "hubert", 64)
+    least = next(n for n in range(1, 4000) if model.base_model._get_feat_extract_output_lengths(n) == 2)
+    for length in (least, least - 1):
+        write_sound(sounds / "short.wav", torch.zeros(length))
+        found = find_examples("sounds", wanted(sounds), 5)
+        if length == least:
+            with torch.no_grad():
+                assert model.base_model(**reader.batch(found).arguments).last_hidden_state.shape[:2] == (3, 2)
+            continue
+        with pytest.raises(
+            UsageError, match=rf"short\.wav: the sound has {length} samples, and two states need {least}"
+        ):
+            reader.batch(found)
 
 
 def test_texts_are_padded_as_their_model_learned_it(tmp_path: Path) -> None:

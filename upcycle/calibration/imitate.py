@@ -145,11 +145,16 @@ def _imitation(
 
 def _examples(inputs: TokenFile, batch: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return fp32 ``[T, d]``: about so many tokens to learn from, evenly spread, and those of one batch in eight to judge by."""
-    stride = max(1, inputs.tokens * (HELD_OUT_EVERY - 1) // HELD_OUT_EVERY // tokens)
+    there = max(tokens, inputs.tokens * (HELD_OUT_EVERY - 1) // HELD_OUT_EVERY)
     parts: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    before = 0
     for number, block in enumerate(inputs.blocks(batch)):
-        held_out = number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-        parts[held_out].append(block if held_out else block[::stride])
+        if number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1:
+            parts[1].append(block)
+            continue
+        counts = torch.arange(before, before + len(block) + 1) * tokens // there  # how many are taken before each
+        parts[0].append(block[counts.diff() > 0])
+        before += len(block)
     learnt, judged = (torch.cat(part) if part else None for part in parts)
     assert learnt is not None
     return learnt, learnt if judged is None else judged

@@ -115,8 +115,9 @@ def evaluate(
         reference: another model, measured in the same way; for texts, it must have the same tokenizer.
         window: tokens per window, at most the model's context.
         stride: tokens between the beginnings of windows.
-        tokens: most tokens to read of each text, from its beginning; default: 8,192 (of masked language models, 512 are scored).
-        full: read whole texts.
+        tokens: most tokens to read of each text, from its beginning; default: 8,192 (of masked language models, 512 are scored;
+            of an encoder and a decoder, 65,536 that the decoder writes).
+        full: read whole texts, and all sounds, or images with captions, of a model that reads these (default: 400).
         tasks: names of lm-eval's tasks, groups or tags.
         task_folder: folder with more tasks, which may not run code.
         limit: only the first questions of each task.
@@ -129,14 +130,16 @@ def evaluate(
         progress: receives the progress.
 
     Raises:
-        UsageError: both ``tokens`` and ``full`` were given, a text is missing, the stride is not below the window, or a task is
-            unknown or faulty.
+        UsageError: both ``tokens`` and ``full`` were given, ``tokens`` is below 2, a text is missing or empty, the stride is not
+            below the window, or a task is unknown or faulty.
         EnvironmentFault: a model does not fit into memory, or lm-eval or the data of a task is missing.
     """
     if (task_folder or limit is not None) and not tasks:
         raise UsageError("--task-folder and --limit need --tasks", hint="name the tasks: --tasks NAME,NAME")
     if full and tokens is not None:
         raise UsageError("--tokens and --full: give one of them", hint="--full reads whole texts")
+    if tokens is not None and tokens < 2:
+        raise UsageError(f"--tokens: at least 2 are needed to measure a text, got {tokens}", hint="leave --tokens out")
     other = str(reference) if reference else None
     scores = timed = None
     if tasks:
@@ -156,7 +159,8 @@ def evaluate(
             "target": target,
             "window": max(8, window),
         }
-        return _of_two_inputs(str(model), other, CalibrationRecipe.model_validate(wanted), tokens, progress)
+        recipe = CalibrationRecipe.model_validate(wanted)
+        return _of_two_inputs(str(model), other, recipe, sys.maxsize if full else tokens, progress)
     if names and encoder_folder(str(model)) is not None:
         chosen = names if text else [*DEMO_TEXTS, EVERYDAY]
         return _of_encoder(
@@ -304,7 +308,7 @@ def _of_two_inputs(
     return Evaluation(
         model,
         reference,
-        wanted.window,
+        found.window,
         0,
         texts,
         found.layers,

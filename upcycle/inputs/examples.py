@@ -37,7 +37,7 @@ _MEDIA = {
     "images in text": "image",
 }
 _TARGETS = {"speech": "text", "images and text": "text", "images in text": "text"}
-_COLUMN = "--set calibration.column=NAME, --set calibration.target=NAME"  # a hint
+_COLUMN = "name the column: calibration.column, calibration.target (of evaluate: --column, --target)"  # a hint
 
 Item = str | ImageItem | SoundItem
 
@@ -127,8 +127,9 @@ def _of(name: str, reads: str, wanted: CalibrationRecipe, most: int) -> Iterator
             "pairs": "a file of rows (.jsonl, .json, .csv, .parquet)",
             "images and text": "a folder or a text file",
         }
+        what = "is no source" if path.exists() or not path.suffix else "does not exist, so it is no source"
         raise UsageError(
-            f"calibration: {name} is no source for a model that reads {reads}",
+            f"{name} {what} for a model that reads {reads}",
             hint=f"name {kinds.get(reads, 'a folder')}, or a hub dataset (org/name[:config[:split]])",
         )
 
@@ -136,7 +137,7 @@ def _of(name: str, reads: str, wanted: CalibrationRecipe, most: int) -> Iterator
 def _in_folder(folder: Path, reads: str, most: int) -> Iterator[InputExample]:
     if reads == "pairs":
         raise UsageError(
-            f"calibration: {folder} is a folder, and this model reads pairs of texts",
+            f"{folder} is a folder, and this model reads pairs of texts",
             hint="name files of rows: .jsonl, .json, .csv or .parquet",
         )
     if reads in ("images", "images and text", "images in text"):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from upcycle.architectures.stock import load_feature_extractor, load_image_processor, load_processor, load_tokenizer
-from upcycle.errors import CheckpointError
+from upcycle.errors import CheckpointError, UsageError
 from upcycle.images.files import ImageItem
 from upcycle.images.pixels import ImageReader
 from upcycle.inputs.examples import InputExample
@@ -96,7 +96,7 @@ class InputReader:
         """Return the arguments for some examples; of a model of two towers, ``texts`` are what its other tower reads.
 
         Raises:
-            UsageError: an image or a sound cannot be read; the message names it.
+            UsageError: an image or a sound cannot be read, or a sound is too short; the message names it.
             CheckpointError: a processor makes other sizes than the model has.
         """
         match self._reads:
@@ -169,6 +169,7 @@ class InputReader:
         """Return fp32 features ``[N, M, T]``, or samples ``[N, T]``, of the same length: the shortest sound's or the window's."""
         read = [one.item.read(self.rate) for one in examples if isinstance(one.item, SoundItem)]
         if self._reads == "sounds":
+            self._check_lengths(examples, read)
             least = min(self.window * self._hop, *map(len, read))
             read = [one[:least] for one in read]
         made = self._features([one.numpy() for one in read], sampling_rate=self.rate, return_tensors="pt")
@@ -194,6 +195,18 @@ class InputReader:
         if self._reads == "speech":
             return int(self._config.max_source_positions)
         return min(self.window, max(1, self.length(example) // self._hop))
+
+    def _check_lengths(self, examples: Sequence[InputExample], read: Sequence[torch.Tensor]) -> None:
+        """Refuse sounds that are too short for two states: of one, the norm behind the first convolution may make nothing."""
+        least = 2
+        for width, stride in zip(reversed(self._config.conv_kernel), reversed(self._config.conv_stride), strict=True):
+            least = (least - 1) * stride + width
+        for one, samples in zip(examples, read, strict=True):
+            if len(samples) < least and isinstance(one.item, SoundItem):
+                raise UsageError(
+                    f"{one.item.path or one.item.name}: the sound has {len(samples):,} samples, and two states need {least:,}",
+                    hint="remove the file, or replace it",
+                )
 
     @property
     def _hop(self) -> int:

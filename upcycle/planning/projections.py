@@ -122,6 +122,11 @@ def _check(recipe: Recipe, family: Family, target: Target, method: Method, shape
         )
     if family.parts or isinstance(family, CompositeFamily):
         raise RefusalError(f"{what} in models of one part, and {family.name} has several", hint=_OFF)
+    if family.pauses:
+        raise RefusalError(
+            f"{what} in models whose layers are run one by one, and those of a {family.name} model are no single row",
+            hint=_OFF,
+        )
     check_text(recipe, "projections")
     check_calibrates(family, None)
     if recipe.calibration.mode == "sequential":

@@ -13,8 +13,9 @@ from transformers import AutoImageProcessor, AutoTokenizer
 
 import upcycle
 from upcycle.errors import UsageError
+from upcycle.evaluation.encoders import two_inputs
 from upcycle.evaluation.encoders.two_inputs import retrieval
-from upcycle.inputs.examples import find_examples
+from upcycle.inputs.examples import InputExample, find_examples
 from upcycle.recipe.recipe_parts import CalibrationRecipe
 
 pytestmark = pytest.mark.one_in(3)  # the other cases are long
@@ -141,3 +142,48 @@ def test_what_is_missing_is_said(name: str, hint: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="none are named") as refused:
         upcycle.evaluate(tmp_path / "dense")
     assert hint in str(refused.value.hint)
+
+
+@pytest.mark.parametrize("name", ["t5", "whisper", "clip"])
+def test_full_reads_all_and_less_is_read_without_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(two_inputs, "_EXAMPLES", 4)
+    monkeypatch.setattr(two_inputs, "_TOKENS", 20)
+    {"clip": two_towers, "whisper": sound_model}.get(name, text_encoder)(name, tmp_path / "dense")
+    keys: dict[str, Any] = {
+        "t5": lambda: {"text": pair_file(tmp_path / "pairs.jsonl", 20), "column": "question", "target": "answer"},
+        "whisper": lambda: {"text": sound_folder(tmp_path / "sounds", 9)},
+        "clip": lambda: {"images": captioned_images(tmp_path / "images", 3)},
+    }[name]()
+    keys = {key: str(value) for key, value in keys.items()}
+    some, all_of_it = (upcycle.evaluate(tmp_path / "dense", full=full, **keys) for full in (False, True))
+    if name == "clip":
+        assert some.retrieval is not None
+        assert all_of_it.retrieval is not None
+        assert (some.retrieval.pairs, all_of_it.retrieval.pairs) == (4, 6)
+        return
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "dense")
+    reads, ends = ("speech", 32) if name == "whisper" else ("pairs", 64)
+    examples = find_examples(reads, CalibrationRecipe.model_validate(keys), 1000)
+    written = sum(len(tokenizer(one.text, truncation=True, max_length=ends)["input_ids"]) for one in examples)
+    assert all_of_it.texts[0].tokens == written
+    assert some.texts[0].tokens < written / 2
+    assert all_of_it.window == ends if name == "whisper" else all_of_it.window == 512
+
+
+def test_nothing_is_measured_on_nothing(tmp_path: Path) -> None:
+    text_encoder("t5", tmp_path / "dense")
+    (tmp_path / "empty.jsonl").write_text('{"question": "", "answer": null}\n')
+    keys: dict[str, Any] = {"text": str(tmp_path / "empty.jsonl"), "column": "question", "target": "answer"}
+    with pytest.raises(UsageError, match=r"empty\.jsonl: there is nothing in it to measure on"):
+        upcycle.evaluate(tmp_path / "dense", **keys)
+    for tokens in (0, 1, -5):
+        with pytest.raises(UsageError, match=f"at least 2 are needed to measure a text, got {tokens}"):
+            upcycle.evaluate(tmp_path / "dense", tokens=tokens, **keys)
+
+
+def test_what_was_calibrated_on_is_said_where_nothing_was_held_out() -> None:
+    some = [InputExample(f"text {i}") for i in range(40)]
+    held = [one for one in some if one.number % 8 == 0]
+    assert two_inputs._unseen(some) == (held, "what was held out of the calibration")
+    rest = [one for one in some if one not in held]
+    assert two_inputs._unseen(rest) == (rest, "the model was calibrated on it")

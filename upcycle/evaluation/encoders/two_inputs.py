@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -62,6 +63,7 @@ class TwoInputScores:
         layers: the load of every MoE layer.
         embeddings: beside the reference's.
         retrieval: see :class:`RetrievalResult`.
+        window: most tokens of a text.
     """
 
     losses: dict[str, tuple[float, int, str]]
@@ -69,6 +71,7 @@ class TwoInputScores:
     layers: list[LayerLoad]
     embeddings: EmbeddingResult | None = None
     retrieval: RetrievalResult | None = None
+    window: int = 0
 
 
 def reads_more(model: str) -> str | None:
@@ -95,12 +98,12 @@ def measure_two_inputs(
         model: its folder or hub id.
         reference: the dense parent.
         wanted: its ``texts`` are the sources, as a calibration names them.
-        tokens: most tokens of decoders' texts.
+        tokens: most tokens of decoders' texts; ``sys.maxsize``: everything is read, whatever the model reads.
         calibrated_on: names of sources that the model was calibrated on, of which only what was held out is read.
         progress: where to report.
 
     Raises:
-        UsageError: a source holds nothing of the kind.
+        UsageError: a source holds nothing of the kind, or nothing at all.
     """
     path, reads = locate(model).path, reads_more(model)
     assert reads is not None
@@ -112,20 +115,31 @@ def measure_two_inputs(
     other = None if reference is None else _loaded(locate(reference).path)
     reader = InputReader(reads, loaded.config, path, min(wanted.window, _context(loaded.config)))
     found, remarks = {}, {}
+    most = sys.maxsize if tokens == sys.maxsize else _EXAMPLES
     for name in wanted.texts:
-        some = find_examples(
-            reads, wanted.model_copy(update={"text": name}), _TOKENS if reads == "pairs" else _EXAMPLES
-        )
-        held = [one for one in some if one.number % HELD_OUT_DOCUMENTS == 0]
-        seen = PurePath(name).name in calibrated_on
-        found[name] = held if seen and held else some
-        remarks[name] = "what was held out of the calibration" if seen and held else ""
+        # A pair has at least one token.
+        least = max(most, tokens or _TOKENS) if reads == "pairs" else most
+        some = find_examples(reads, wanted.model_copy(update={"text": name}), least)
+        if not some:
+            raise UsageError(f"{name}: there is nothing in it to measure on", hint="name a source that is not empty")
+        if reads != "pairs" and len(some) == most:
+            progress.tell(f"{name}: at most {most} are read; --full reads all")
+        found[name], remarks[name] = _unseen(some) if PurePath(name).name in calibrated_on else (some, "")
     if reads in ("pairs", "speech"):
-        return _losses(loaded, other, reader, found, remarks, tokens or _TOKENS, progress)
-    examples = [one for some in found.values() for one in some][:_EXAMPLES]
-    if reads == "sounds":
-        return _sounds(loaded, other, reader, examples, model, progress)
-    return _towers(loaded, other, reader, examples, progress)
+        scores = _losses(loaded, other, reader, found, remarks, tokens or _TOKENS, progress)
+    else:
+        examples = [one for some in found.values() for one in some][:most]
+        if reads == "sounds":
+            scores = _sounds(loaded, other, reader, examples, model, progress)
+        else:
+            scores = _towers(loaded, other, reader, examples, progress)
+    return replace(scores, window=reader.window)
+
+
+def _unseen(examples: list[InputExample]) -> tuple[list[InputExample], str]:
+    """Return what was held out of a calibration on examples, and a remark that says so, or that there is none."""
+    held = [one for one in examples if one.number % HELD_OUT_DOCUMENTS == 0]
+    return (held, "what was held out of the calibration") if held else (examples, "the model was calibrated on it")
 
 
 def _loaded(path: Path) -> Any:
