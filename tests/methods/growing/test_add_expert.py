@@ -335,3 +335,13 @@ def test_the_moe_may_write_the_text_for_its_experts(text: str, tmp_path: Path) -
     assert done.exit_code == 0, done.output
     assert "of the new expert's own text choose it" in done.output
     assert "3 experts from 2, top-2" in done.output
+
+
+def test_of_a_short_text_some_tokens_judge(mixture: tuple[Path, Path], tmp_path: Path) -> None:
+    """Two windows of the new kind: the last eighth of them, 16 tokens, says which share chose the expert."""
+    moe, third = mixture
+    short = tmp_path / "short.txt"
+    short.write_text("The party shall pay ten crowns. " * 20, encoding="utf-8")
+    result = upcycle.convert(str(moe), tmp_path / "out", **keys(third, str(short)))
+    shares = [16 * layer["own_tokens"] for layer in result.layers]
+    assert shares == [round(share) for share in shares]

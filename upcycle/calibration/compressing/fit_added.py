@@ -65,7 +65,7 @@ def fit_added_rows(
     walk = MoeWalk(layers, old.shape[1])
     ids = torch.cat([old, new])
     is_new = torch.arange(len(ids)).repeat_interleave(ids.shape[1]) >= len(old)
-    held = torch.cat([held_out_tokens(old[..., None]), held_out_tokens(new[..., None])])
+    held = torch.cat([judging_tokens(old), judging_tokens(new)])
     found = FittedRows({}, {})
     with progress.phase("fitting router rows", len(walk.layers)):
         states = torch.cat([before.embed(ids[batch]) for batch in before.batches(len(ids))])
@@ -90,6 +90,17 @@ def fit_added_rows(
     return found
 
 
+def judging_tokens(windows: torch.Tensor) -> torch.Tensor:
+    """Return which tokens of ``[N, W]`` judge the fit, ``[T]``: every eighth window; of fewer than eight, the last eighth of all tokens.
+
+    A text of which none judged would not be heard when the strength of the ridge is chosen.
+    """
+    held = held_out_tokens(windows[..., None])
+    if not bool(held.any()):
+        held[-max(1, len(held) // 8) :] = True
+    return held
+
+
 def _note_input(inputs: list[torch.Tensor], routed: Routed) -> None:
     inputs.append(routed.x)
 
@@ -99,10 +110,9 @@ def _note_choice(chosen: list[torch.Tensor], expert: int, routed: Routed) -> Non
 
 
 def _shares(chosen: torch.Tensor, new: torch.Tensor, held: torch.Tensor) -> dict[str, float]:
-    """Return which share of either side's held-out tokens (of all, where there are none) ``chosen`` ``[T]`` says."""
-    judged = held if bool((held & new).any() and (held & ~new).any()) else torch.ones_like(held)
+    """Return which share of either side's held-out tokens ``chosen`` ``[T]`` says."""
     sides = {"own_tokens": new, "other_tokens": ~new}
-    return {name: chosen[judged & side].double().mean().item() for name, side in sides.items()}
+    return {name: chosen[held & side].double().mean().item() for name, side in sides.items()}
 
 
 def _check_finite(states: torch.Tensor, index: int) -> None:

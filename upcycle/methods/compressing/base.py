@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from upcycle.architectures.expert_terms import BlockCut, LayerCut
 from upcycle.architectures.stored_moe import MoeModel
-from upcycle.architectures.tensor_origin import Origin
 from upcycle.errors import UsageError
 from upcycle.methods.base import PREFERRED_MULTIPLE
 from upcycle.methods.compressing.described_cuts import Cut, described_cut
 from upcycle.methods.compressing.layer_source import ExpertTokens, LayerSource, Matrices, ModelSource
-from upcycle.methods.growing.base import Described, Grown, Growth, Piece
+from upcycle.methods.growing.base import Described, Grown, Growth, Piece, moe_pieces
 
 if TYPE_CHECKING:
     import torch
@@ -136,7 +135,8 @@ class Compression(Growth):
 
     def pieces(self, model: MoeModel, cuts: Mapping[int, Cut]) -> list[Piece]:
         """Return every tensor of the result, in the order in which they are written."""
-        return cut_pieces(model, {layer: cut for layer, cut in cuts.items() if isinstance(cut, LayerCut)})
+        experts = {layer: cut for layer, cut in cuts.items() if isinstance(cut, LayerCut)}
+        return moe_pieces(model, {layer: dict(model.cut_origins(layer, cut)) for layer, cut in experts.items()})
 
     def remarks(self, model: MoeModel, recipe: Recipe, keep: int) -> tuple[str, ...]:
         """Return remarks for the plan."""
@@ -271,23 +271,6 @@ def kept_experts(model: MoeModel, recipe: Recipe) -> int:
             hint=f"--keep {(model.experts - 1) / model.experts:.4g} leaves one out; --keep 1 copies the model",
         )
     return keep
-
-
-def cut_pieces(model: MoeModel, cuts: dict[int, LayerCut]) -> list[Piece]:
-    """Return every tensor of the result, in the order in which they are written."""
-    names = model.names
-    outside = {name: Origin(name) for name in names[None]}
-    first = {name: origin for name, origin in outside.items() if "embed" in name}
-    pieces = [Piece("embeddings", None, first)]
-    for layer in sorted(layer for layer in names if layer is not None):
-        tensors = (
-            dict(model.cut_origins(layer, cuts[layer]))
-            if layer in cuts
-            else {name: Origin(name) for name in names[layer]}
-        )
-        pieces.append(Piece(f"layer {layer}", layer, tensors))
-    rest = {name: origin for name, origin in outside.items() if name not in first}
-    return [*pieces, Piece("final norm", None, rest)]
 
 
 def _has_experts(cut: Cut) -> bool:

@@ -12,7 +12,7 @@ from upcycle.architectures.stock import build_config
 from upcycle.architectures.stored_moe import MoeModel
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.errors import RefusalError, UsageError
-from upcycle.methods.growing.base import Described, Grown, Growth, Piece
+from upcycle.methods.growing.base import Described, Grown, Growth, moe_pieces
 from upcycle.plugins import PluginParameters
 from upcycle.registry import FAMILIES, TARGETS, load
 
@@ -94,13 +94,14 @@ class AddExpert(Growth):
         assert source.added is not None
         check_can_be_expert(model, source, source.added)
         told, experts = fine_tune(recipe), model.experts + 1
-        one = model.expert_elements // model.experts
+        one, rows = model.expert_elements // model.experts, choice or {}
+        made = {layer: _tensors(model, layer, rows.get(layer, ()), told.scale) for layer in model.moe_layers}
         return Grown(
             config=model.config_with(experts, model.top_k),
-            pieces=tuple(_pieces(model, choice or {}, told.scale)),
+            pieces=tuple(moe_pieces(model, made)),
             promise=("approximate", "tokens may choose the added expert in the place of one that they had"),
             summary=f"{experts} experts from {model.experts}, top-{model.top_k}: one is a dense model's FFN",
-            made={"rows": {str(layer): list(row) for layer, row in (choice or {}).items()}},
+            made={"rows": {str(layer): list(row) for layer, row in rows.items()}},
             context=model.context,
             vocab_size=model.vocab_size,
             hidden_size=model.hidden_size,
@@ -128,13 +129,15 @@ def fine_tune(recipe: Recipe) -> SourceRecipe:
         UsageError: the recipe names none or several, or says of it what is not read here, or has no text of its kind.
     """
     example = "--sources ./law --set sources.0.text=law.txt"
-    if len(recipe.sources) != 1:
-        found = f"{len(recipe.sources)} models" if recipe.sources else "no model"
+    if not recipe.sources:
         raise UsageError(
-            f"sources: {recipe.method} adds the FFNs of one dense model, and {found} are named"
-            if recipe.sources
-            else f"sources: {recipe.method} adds the FFNs of a dense model, and none is named",
-            hint=f"{example}" if not recipe.sources else f"one at a time, each added to the result before: {example}",
+            f"sources: {recipe.method} adds the FFNs of a dense model, and none is named",
+            hint=example,
+        )
+    if len(recipe.sources) > 1:
+        raise UsageError(
+            f"sources: {recipe.method} adds the FFNs of one dense model, and {len(recipe.sources)} models are named",
+            hint=f"one at a time, each added to the result before: {example}",
         )
     (told,) = recipe.sources
     usual = type(told)(name=told.name)  # a recorded recipe names what was left at its default, too
@@ -235,16 +238,6 @@ def _warnings(model: MoeModel, source: Described) -> list[str]:
     return found
 
 
-def _pieces(model: MoeModel, rows: NewRows, scale: float) -> list[Piece]:
-    outside = {name: Origin(name) for name in model.names[None]}
-    first = {name: origin for name, origin in outside.items() if "embed" in name}
-    pieces = [Piece("embeddings", None, first)]
-    for layer in sorted(layer for layer in model.names if layer is not None):
-        if layer in model.moe_layers:
-            row = rows.get(layer, ())
-            tensors = dict(with_expert(model, layer, row[: model.hidden_size], row[model.hidden_size :], scale))
-        else:
-            tensors = {name: Origin(name) for name in model.names[layer]}
-        pieces.append(Piece(f"layer {layer}", layer, tensors))
-    rest = {name: origin for name, origin in outside.items() if name not in first}
-    return [*pieces, Piece("final norm", None, rest)]
+def _tensors(model: MoeModel, layer: int, row: tuple[float, ...], scale: float) -> dict[str, Origin]:
+    """Return the tensors of a layer with experts; ``row`` is empty before it is decided."""
+    return dict(with_expert(model, layer, row[: model.hidden_size], row[model.hidden_size :], scale))

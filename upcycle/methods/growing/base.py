@@ -17,6 +17,7 @@ from upcycle.methods.base import AnyMethod, MethodKind
 if TYPE_CHECKING:
     import torch
 
+    from upcycle.architectures.stored_moe import MoeModel
     from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
     from upcycle.progress import Progress
     from upcycle.recipe.conversion_recipe import Recipe
@@ -189,6 +190,23 @@ class DenseGrowth(Growth):
             tied=dense.tie_word_embeddings,
             warnings=self.warnings(dense.num_hidden_layers),
         )
+
+
+def moe_pieces(model: MoeModel, made: Mapping[int, Mapping[str, Origin]]) -> list[Piece]:
+    """Return every tensor of a MoE of as many layers, in the order in which they are written.
+
+    Args:
+        model: the source.
+        made: the tensors of layers that differ from the source's; all else is copied.
+    """
+    outside = {name: Origin(name) for name in model.names[None]}
+    first = {name: origin for name, origin in outside.items() if "embed" in name}
+    pieces = [Piece("embeddings", None, first)]
+    for layer in sorted(layer for layer in model.names if layer is not None):
+        copied = {name: Origin(name) for name in model.names[layer]}
+        pieces.append(Piece(f"layer {layer}", layer, made.get(layer, copied)))
+    rest = {name: origin for name, origin in outside.items() if name not in first}
+    return [*pieces, Piece("final norm", None, rest)]
 
 
 def stacked_config(raw: Mapping[str, Any], family: Family, dense: DenseConfig, layers: Sequence[int]) -> dict[str, Any]:

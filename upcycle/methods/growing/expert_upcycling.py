@@ -8,9 +8,8 @@ import numpy as np
 from pydantic import Field
 
 from upcycle.architectures.stored_moe import MoeModel
-from upcycle.architectures.tensor_origin import Origin
 from upcycle.errors import UsageError
-from upcycle.methods.growing.base import CopiedExperts, Described, Grown, Growth, Piece, Promise
+from upcycle.methods.growing.base import CopiedExperts, Described, Grown, Growth, Promise, moe_pieces
 from upcycle.plugins import PluginParameters
 
 if TYPE_CHECKING:
@@ -89,11 +88,13 @@ class ExpertUpcycling(Growth):
         top_k = recipe.top_k if "top_k" in named else model.top_k
         self._check(model, experts, top_k, source.where)
         if choice is None:
-            taken = [*range(model.experts), *(i % model.experts for i in range(experts - model.experts))]
-            choice = dict.fromkeys(model.moe_layers, tuple(taken))
+            every = [*range(model.experts), *(i % model.experts for i in range(experts - model.experts))]
+            choice = dict.fromkeys(model.moe_layers, tuple(every))
+        noise = self.parameters.noise
+        made = {layer: dict(model.origins(layer, taken, noise, recipe.seed)) for layer, taken in choice.items()}
         return Grown(
             config=model.config_with(experts, top_k),
-            pieces=tuple(self._pieces(model, choice, recipe.seed)),
+            pieces=tuple(moe_pieces(model, made)),
             promise=self._promise(model, experts, top_k),
             summary=f"{experts} experts from {model.experts}, top-{top_k}",
             made={"experts": {str(layer): list(taken) for layer, taken in choice.items()}},
@@ -149,17 +150,6 @@ class ExpertUpcycling(Growth):
         if self.parameters.noise:
             return ()
         return ("noise=0: copies that are chosen together get the same gradient, and stay the same in training",)
-
-    def _pieces(self, model: MoeModel, choice: CopiedExperts, seed: int) -> list[Piece]:
-        names, noise = model.names, self.parameters.noise
-        outside = {name: Origin(name) for name in names[None]}
-        first = {name: origin for name, origin in outside.items() if "embed" in name}
-        pieces = [Piece("embeddings", None, first)]
-        for layer in sorted(layer for layer in names if layer is not None):
-            tensors = dict(model.origins(layer, choice.get(layer, ()), noise, seed))
-            pieces.append(Piece(f"layer {layer}", layer, tensors))
-        rest = {name: origin for name, origin in outside.items() if name not in first}
-        return [*pieces, Piece("final norm", None, rest)]
 
     def memory(self, source: Described, recipe: Recipe) -> int:
         """Return the bytes of the model in fp32, and of the experts' gradients where the utility needs them."""
