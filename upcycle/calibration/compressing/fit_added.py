@@ -91,7 +91,7 @@ def fit_added_rows(
 
 
 def judging_tokens(windows: torch.Tensor) -> torch.Tensor:
-    """Return which tokens of ``[N, W]`` judge the fit, ``[T]``: every eighth window; of fewer than eight, the last eighth of all tokens.
+    """Return which tokens of ``[N, W]`` judge the fit, ``[T]``: every eighth window; of fewer windows, the last eighth of all tokens.
 
     A text of which none judged would not be heard when the strength of the ridge is chosen.
     """
