@@ -113,7 +113,7 @@ def test_arguments_that_make_no_sense(pico: Pico) -> None:
         upcycle.evaluate(pico("llama"), text="prose", tokens=50, full=True)
     with pytest.raises(UsageError, match="stride"):
         upcycle.evaluate(pico("llama"), text="prose", tokens=50, window=16, stride=16)
-    with pytest.raises(UsageError, match="fewer than two tokens"):
+    with pytest.raises(UsageError, match="at least 2 are needed"):
         upcycle.evaluate(pico("llama"), text="prose", tokens=1)
     with pytest.raises(UsageError, match="no such text file"):
         upcycle.evaluate(pico("llama"), text="poetry")

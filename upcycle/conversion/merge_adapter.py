@@ -148,7 +148,7 @@ def merge(
             write_index(workspace.folder, shards)
             _write_small_files(workspace.folder, source.path, tokenizer, raw, dtype)
             sweep(workspace.folder)
-            check = _checked(source.path, workspace.folder, store, verify, progress)
+            check = _checked(source.path, workspace.folder, store, dtype, progress) if verify else None
             _write_record(workspace.folder, before, _entry(lora, source, check), hashes)
         broken = check is not None and not check.holds
         final = workspace.publish(failed=broken)
@@ -215,14 +215,12 @@ def _warn_of_another(lora: AdapterFolder, source: Source, progress: Progress) ->
         )
 
 
-def _checked(base: Path, folder: Path, store: AdaptedStore, verify: bool, progress: Progress) -> MergeCheck | None:
-    if not verify:
-        return None
+def _checked(base: Path, folder: Path, store: AdaptedStore, dtype: str, progress: Progress) -> MergeCheck | None:
     if why := too_large(sum(spec.elements for spec in store.specs.values())):
         progress.note(f"not compared with the base: {why}")
         return None
     with progress.phase("comparing", 1):
-        found = check_merge(base, folder, store.adapter, store.stock, store.changed_dtypes())
+        found = check_merge(base, folder, store.adapter, store.stock, store.changed_dtypes(), dtype)
         progress.advance()
     return found
 

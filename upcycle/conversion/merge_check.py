@@ -64,7 +64,7 @@ def too_large(parameters: int) -> str | None:
 
 
 def check_merge(
-    base: Path, folder: Path, adapter: AdapterFolder, stock: StockPlaces, dtypes: dict[str, str]
+    base: Path, folder: Path, adapter: AdapterFolder, stock: StockPlaces, dtypes: dict[str, str], dtype: str = "keep"
 ) -> MergeCheck:
     """Run the base with the adapter beside it, and the merged folder, on the same text.
 
@@ -74,6 +74,7 @@ def check_merge(
         adapter: the LoRA folder.
         stock: the base's parameters.
         dtypes: the dtype in which each changed parameter is stored, by its name in the stock class.
+        dtype: the dtype to which all others were rounded, too; ``keep``: they are as they were.
     """
     model = _loaded(base)
     ids = _ids(base, model)
@@ -84,6 +85,10 @@ def check_merge(
         del model
         model = _loaded(base)
         write_adapted(model, adapter, stock, dtypes=dtypes)
+        if dtype != "keep":
+            for tensor in model.state_dict().values():
+                if tensor.is_floating_point():
+                    tensor.copy_(tensor.to(getattr(torch, dtype)))
         rounded = _logits(model, ids)
     del model
     merged = _logits(_loaded(folder), ids)
