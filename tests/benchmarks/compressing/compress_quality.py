@@ -76,21 +76,21 @@ class Result:
     size: int
 
 
-def windows_of(path: Path, tokenizer: object) -> torch.Tensor:
-    """Token ids ``[N, W]`` of a text."""
-    ids = tokenizer(path.read_text(encoding="utf-8")[: MEASURED * 8]).input_ids  # type: ignore[operator]
-    count = min(MEASURED, len(ids)) // WINDOW
+def windows_of(path: Path, tokenizer: object, most: int = MEASURED) -> torch.Tensor:
+    """Token ids ``[N, W]`` of the beginning of a text."""
+    ids = tokenizer(path.read_text(encoding="utf-8")[: most * 8]).input_ids  # type: ignore[operator]
+    count = min(most, len(ids)) // WINDOW
     return torch.tensor(ids[: count * WINDOW]).view(count, WINDOW)
 
 
-def perplexities(folder: Path, paths: Sequence[Path]) -> dict[str, float]:
+def perplexities(folder: Path, paths: Sequence[Path], most: int = MEASURED) -> dict[str, float]:
     """Perplexity of a model on each text, by the text's kind."""
     model = load_stock_model(folder).eval()  # which reads experts in few bits, too
     tokenizer = AutoTokenizer.from_pretrained(folder)
     found = {}
     for path in paths:
         losses = []
-        for ids in windows_of(path, tokenizer).split(8):
+        for ids in windows_of(path, tokenizer, most).split(8):
             with torch.no_grad():
                 logits = model(ids).logits[:, :-1].flatten(0, 1)
             losses.append(cross_entropy(logits, ids[:, 1:].flatten()).item())
@@ -118,10 +118,10 @@ def written(
 
 
 def measured(
-    folder: Path, dense: dict[str, float], said: torch.Tensor, paths: Sequence[Path]
+    folder: Path, dense: dict[str, float], said: torch.Tensor, paths: Sequence[Path], most: int = MEASURED
 ) -> tuple[float, float, float, float]:
     """Mean log perplexity over the calibrated kinds and that of news, relative to the uncut model's, and both agreements."""
-    found = perplexities(folder, paths)
+    found = perplexities(folder, paths, most)
     calibrated = fmean(math.log(found[domain] / dense[domain]) for domain in DOMAINS)
     own, following = written(folder, paths, said)
     same, steps = ((tokens == said).double().mean().item() for tokens in (own, following))
@@ -161,24 +161,45 @@ def verdicts(results: Sequence[Result]) -> list[Row]:
     return rows
 
 
+def rows_of(path: Path, asked: dict[str, object]) -> dict[tuple[str, str, float], Result]:
+    """What was measured before; a new file begins with what was asked, and of something else no row is taken."""
+    if not path.is_file():
+        path.write_text(json.dumps(asked) + "\n", encoding="utf-8")
+    first, *rows = path.read_text(encoding="utf-8").splitlines()
+    if json.loads(first) != asked:
+        sys.exit(f"{path} has rows of {first}, and this is {json.dumps(asked)}: name another file")
+    return {(one.method, one.refit, one.keep): one for one in (Result(**json.loads(line)) for line in rows)}
+
+
+def the_model(named: str | None, train_tokens: int) -> Path:
+    """The MoE to cut."""
+    if named == "smollm2-mix":
+        from smollm2_mix import smollm2_mix
+
+        return smollm2_mix()
+    return Path(named) if named else small_moe(train_tokens)
+
+
 def main() -> int:
     """Cut, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="a MoE's folder; default: small_moe.py's")
+    parser.add_argument("--model", help="a MoE's folder, or smollm2-mix (smollm2_mix.py's); default: small_moe.py's")
     parser.add_argument("--train-tokens", type=int, default=TOKENS, help="of small_moe.py  [default: 8,000,000]")
     parser.add_argument("--tokens", type=int, default=32768, help="calibration tokens")
+    parser.add_argument("--measured", type=int, default=MEASURED, help="tokens of each text  [default: 8,192]")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rows", type=Path, help="rows are added to this file, and those in it are not measured again")
     options = parser.parse_args()
-    model = options.model or small_moe(options.train_tokens)
+    model = the_model(options.model, options.train_tokens)
     calibration, _ = texts()
     _, evaluation = texts((*DOMAINS, FOREIGN))
-    dense, said = perplexities(model, evaluation), written(model, evaluation)[0]
+    dense, said = perplexities(model, evaluation, options.measured), written(model, evaluation)[0]
     print("uncut:", ", ".join(f"{name} {value:.2f}" for name, value in dense.items()), flush=True)
     results = []
-    kept = options.rows.read_text(encoding="utf-8").splitlines() if options.rows and options.rows.is_file() else []
-    known = {(one.method, one.refit, one.keep): one for one in (Result(**json.loads(line)) for line in kept)}
+    rounded = {kind: round(value, 2) for kind, value in dense.items()}
+    asked = {"model": str(model), "tokens": options.tokens, "measured": options.measured, "uncut": rounded}
+    known = rows_of(options.rows, asked) if options.rows else {}
     with tempfile.TemporaryDirectory() as folder:
         seen, text = Path(folder) / "seen.safetensors", ",".join(map(str, calibration))
         started = time.monotonic()
@@ -202,7 +223,7 @@ def main() -> int:
                         calibration={"text": text.split(","), "tokens": options.tokens},
                         verification={"enabled": False},
                     )
-                    numbers = measured(out, dense, said, evaluation)
+                    numbers = measured(out, dense, said, evaluation, options.measured)
                     results.append(Result(method, refit, keep, *numbers, made.seconds, made.plan.bytes_output))
                     print(table(results[-1:]).splitlines()[-1], flush=True)
                     if options.rows:
@@ -214,7 +235,9 @@ def main() -> int:
         report("what compressions lose", ("upcycle", "REAP"), verdicts(results)) if {"reap"} < {*options.methods} else 0
     )
     if options.out:
-        about = f"Of {model.name}: " + ", ".join(f"{name} {value:.2f}" for name, value in dense.items())
+        about = f"Of {options.model or model.name}: " + ", ".join(
+            f"{name} {value:.2f}" for name, value in dense.items()
+        )
         options.out.write_text(f"{about}; perplexities of the uncut model.\n\n{page}", encoding="utf-8")
     return code
 
