@@ -30,7 +30,7 @@ from training_curves import write_domains
 
 import upcycle
 
-TOKENS = 40_000  # of each fine-tune
+TOKENS = 20_000  # of each fine-tune
 LENGTH, BATCH = 256, 4
 SAMPLE_CHARACTERS = 60_000  # of each domain, for the routers
 OWN = "SmolLM2"
@@ -93,7 +93,7 @@ def smollm2_mix(tokens: int = TOKENS) -> Path:
 def main() -> int:
     """Make it, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="of each fine-tune  [default: 40,000]")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of each fine-tune  [default: 20,000]")
     parser.add_argument("--measured", type=int, default=4096, help="tokens of each text  [default: 4,096]")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
