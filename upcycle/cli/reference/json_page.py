@@ -70,6 +70,8 @@ JSON_KEYS = {
     "train --show": "rows",
     "train --show rows": "domain tokens learned padding documents",
     "train --show documents": "text learned",
+    "grow": "output stopped seed steps model seconds",
+    "grow steps": "step does state model losses",
     "export": "out dtype layout step tokens bytes",
     "export --gguf": "out type bytes",
     "evaluate texts": "text tokens predicted nats_per_token perplexity remark reference_nats_per_token reference_perplexity",
