@@ -13,6 +13,7 @@ from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import dump_yaml
 from upcycle.plugins import StrictSettings
 from upcycle.recipe.conversion_recipe import read_recipe, recipe_error
+from upcycle.recipe.shipped_recipes import needed_recipe_file
 from upcycle.registry import suggestion
 from upcycle.trainers.recipe.data_recipe import DomainRecipe
 
@@ -139,14 +140,13 @@ def read_rounds_recipe(path: Path, overlaid: Mapping[str, Any] | None = None) ->
     """Read a YAML recipe.
 
     Args:
-        path: its file.
+        path: its file, or the name of a recipe that comes with upcycle.
         overlaid: values by dotted path, laid over its keys.
 
     Raises:
         UsageError: the file is missing, not YAML, or no recipe of rounds.
     """
-    if not path.exists():
-        raise UsageError(f"no such recipe: {path}", hint="docs/guides/mixing.md shows a recipe of rounds")
+    path = needed_recipe_file(str(path), "grow")
     content = read_recipe(path)
     for key, value in (overlaid or {}).items():
         _lay(content, key.split("."), value)

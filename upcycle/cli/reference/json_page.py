@@ -57,7 +57,10 @@ JSON_KEYS = {
     "push": "repo url revision commit pull_request collection private files skipped bytes_total bytes_to_send mark "
     "dry_run searched",
     "push files": "name size status",
-    "evaluate": "model reference window stride texts layers tasks speed embeddings classes retrieval",
+    "evaluate": "model reference window stride texts layers tasks speed embeddings classes retrieval routing",
+    "evaluate routing": "tokens window capacity_factor seen_tokens layers earlier",
+    "evaluate routing layers": "layer by_token by_majority information dropped dropped_by_part",
+    "evaluate routing earlier": "model step same layers",
     "evaluate embeddings": "what items cosine nearest recall",
     "evaluate retrieval": "pairs nearest image_to_text text_to_image reference_image_to_text reference_text_to_image",
     "evaluate classes": "images classes accuracy reference_accuracy agreement",

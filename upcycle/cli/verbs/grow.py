@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from upcycle.cli.shared.completion import recipe_names
 from upcycle.cli.shared.options import common_options, quiet_option
 from upcycle.cli.shared.output import ProgressBars, print_facts, print_json, print_message, print_table
 from upcycle.cli.verbs.train import set_option
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @click.command("grow", short_help="Branch a model, train each branch on its domain, merge, and again")
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("recipe", type=click.Path(path_type=Path), shell_complete=recipe_names("grow", files=True))
 @click.option("--source", help="the seed, instead of the one in the recipe")
 @click.option("--output", help="folder of all branches and merges, instead of the one in the recipe")
 @set_option
@@ -40,7 +41,8 @@ def command(
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Train a forest of models, one per domain, in rounds (Branch-Train-Merge), as the YAML file RECIPE says.
+    """Train a forest of models, one per domain, in rounds (Branch-Train-Merge), as RECIPE says: a YAML file,
+    or the name of a recipe that comes with upcycle (upcycle list recipes).
 
     In every round, each branch is trained on its domain; then all are merged, and the merge is what the next round's branches begin
     as. With branch: posteriors, each begins as the mean of the forest that suits its domain best, as in the paper. At the end, the
@@ -50,8 +52,8 @@ def command(
 
     \b
     upcycle grow rounds.yaml --dry-run
-    upcycle grow rounds.yaml --source ./seed --output ./forest
-    upcycle grow rounds.yaml --set training.stages.steps=500 --nproc 2
+    upcycle grow btm --source ./seed --output ./forest --set domains.law=law.jsonl --set domains.code=code.jsonl
+    upcycle grow rounds.yaml --set training.length=512 --nproc 2
     """
     from upcycle.branching.grow import grow, look
     from upcycle.branching.rounds_recipe import read_rounds_recipe
