@@ -11,6 +11,7 @@ from upcycle.branching.plan_rounds import plan_rounds
 from upcycle.branching.rounds_recipe import parse_rounds_recipe, read_rounds_recipe
 from upcycle.errors import UsageError
 from upcycle.recipe.conversion_recipe import Recipe
+from upcycle.recipe.shipped_recipes import shipped
 from upcycle.trainers.recipe.training_recipe import TrainRecipe
 
 TRAINING = {"length": 32, "stages": [{"steps": 2, "learning_rate": 0.001}]}
@@ -124,11 +125,31 @@ def test_bad_recipes_are_refused(changes: dict[str, Any], said: str) -> None:
     assert said in f"{caught.value.message} {caught.value.hint}"
 
 
+@pytest.mark.parametrize("name", shipped("grow"))
+def test_every_shipped_recipe_is_one_of_rounds(name: str) -> None:
+    domains = {"domains.law": "law.txt", "domains.code": "code.txt"}
+    found = plan_rounds(read_rounds_recipe(Path(name), {"source": "demo", "output": "out", **domains}))
+    assert [step.name for step in found][:2] == ["round-1/law", "round-1/code"]
+    with pytest.raises(UsageError, match="domains"):
+        read_rounds_recipe(Path(name), {"source": "demo", "output": "out"})
+
+
 def test_options_are_laid_over_the_file(tmp_path: Path) -> None:
     path = tmp_path / "rounds.yaml"
-    path.write_text("source: a\noutput: b\ndomains: {law: x.txt}\nrounds: 2\ntraining: {length: 16}\n")
-    found = read_rounds_recipe(path, {"source": "c", "domains.law.separator": "--", "training.seed": 3})
+    path.write_text(
+        "source: a\noutput: b\ndomains: {law: x.txt}\nrounds: 2\ntraining: {stages: [{steps: 1}, {steps: 2}]}\n"
+        "last: {method: branch_train_mix}\ntuning: {stages: [{steps: 5}]}\n"
+    )
+    laid = {"source": "c", "domains.law.separator": "--", "training.seed": 3, "domains.code": "y.txt"}
+    found = read_rounds_recipe(
+        path, {**laid, "training.stages.1.steps": 7, "tuning.stages.steps": 9, "merge.dtype": "float32"}
+    )
     assert (found.source, found.domains[0].text, found.domains[0].separator) == ("c", ["x.txt"], "--")
-    assert found.training == {"length": 16, "seed": 3}
+    assert (found.domains[1].text, found.rounds) == (["y.txt"], [["law", "code"]] * 2)
+    assert found.training == {"stages": [{"steps": 1}, {"steps": 7}], "seed": 3}
+    assert (found.tuning, found.merge) == ({"stages": [{"steps": 9}]}, {"dtype": "float32"})
+    for wrong in ("training.stages.steps", "source.x", "training.stages.5.steps"):
+        with pytest.raises(UsageError, match=r"--set .*has no key"):
+            read_rounds_recipe(path, {wrong: 1})
     with pytest.raises(UsageError, match="no such recipe"):
         read_rounds_recipe(tmp_path / "none.yaml")

@@ -51,7 +51,7 @@ def drop_inside(experts: nn.Module, rate: float) -> Callable[[], None]:
             f"control.expert_dropout: {type(experts).__name__} has a gating of its own, in which no activation can be dropped",
             hint="leave it out, or convert to another target",
         )
-    if isinstance(function, nn.Module) and (list(function.parameters()) or list(function.buffers())):
+    if isinstance(function, nn.Module) and function.state_dict():
         raise UsageError(
             f"control.expert_dropout: the activation {type(function).__name__} has weights of its own, which would change their names",
             hint="leave it out",

@@ -42,7 +42,8 @@ class ForestRecord:
             )
         if folder.exists() and not folder.is_dir():
             raise UsageError(f"{folder} is a file; the rounds need a folder", hint="choose another output")
-        self._content = read_json(path) if path.is_file() else {**MADE_BY, "steps": {}, "again": []}
+        new: dict[str, Any] = {**MADE_BY, "steps": {}, "again": []}
+        self._content: dict[str, Any] = read_json(path) if path.is_file() else new
         if self._content.get("made_by") != MADE_BY["made_by"] or not isinstance(self._content.get("steps"), dict):
             raise UsageError(f"{path} is not upcycle's", hint="choose another output")
         self._content.setdefault("again", [])

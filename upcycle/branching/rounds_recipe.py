@@ -70,8 +70,14 @@ class RoundsRecipe(StrictSettings):
         if not isinstance(content, dict):
             return content
         number, domains = content.get("rounds"), content.get("domains")
-        if isinstance(number, int) and not isinstance(number, bool) and number > 0 and isinstance(domains, Mapping):
-            return {**content, "rounds": [list(map(str, domains))] * number}
+        if (
+            isinstance(number, int)
+            and not isinstance(number, bool)
+            and number > 0
+            and isinstance(domains, Mapping | list)
+        ):
+            named = [each.get("name") if isinstance(each, Mapping) else each for each in domains]
+            return {**content, "rounds": [list(map(str, named))] * number}
         return content
 
     @field_validator("domains", mode="before")
@@ -168,12 +174,33 @@ def parse_rounds_recipe(content: Any, where: str) -> RoundsRecipe:
 
 
 def _lay(content: dict[str, Any], path: list[str], value: Any) -> None:
-    """Set the key at a path of a recipe; a short form on the way (``domains.law: FILE``) is written out first."""
-    *parents, last = path
-    for parent in parents:
-        inner = content.get(parent)
-        if not isinstance(inner, dict):
-            inner = {} if inner is None else {"text": inner}
-        content[parent] = inner
-        content = inner
-    content[last] = value
+    """Set the key at a path of a recipe.
+
+    ``domains.law: FILE`` is written out on the way to a key of the domain, and a list is entered by a number, or by nothing where it
+    has one entry: ``training.stages.steps``.
+
+    Raises:
+        UsageError: something on the way is neither a mapping nor such a list.
+    """
+    holder: Any = content
+    for place, key in enumerate(path):
+        last = place + 1 == len(path)
+        if isinstance(holder, list):
+            if key.isdigit() and int(key) < len(holder):
+                if last:
+                    holder[int(key)] = value
+                holder = holder[int(key)]
+                continue
+            holder = holder[0] if len(holder) == 1 else holder
+        if not isinstance(holder, dict):
+            raise UsageError(
+                f"--set {'.'.join(path)}: {'.'.join(path[:place])} is {holder!r}, which has no key '{key}'",
+                hint="a list is entered by a number, from 0",
+            )
+        if last:
+            holder[key] = value
+        elif holder.get(key) is None:
+            holder[key] = {}
+        elif path[0] == "domains" and place == 1 and not isinstance(holder[key], dict):
+            holder[key] = {"text": holder[key]}
+        holder = holder[key]

@@ -53,7 +53,7 @@ def command(
     \b
     upcycle grow rounds.yaml --dry-run
     upcycle grow btm --source ./seed --output ./forest --set domains.law=law.jsonl --set domains.code=code.jsonl
-    upcycle grow rounds.yaml --set training.length=512 --nproc 2
+    upcycle grow rounds.yaml --set training.stages.steps=500 --nproc 2
     """
     from upcycle.branching.grow import grow, look
     from upcycle.branching.rounds_recipe import read_rounds_recipe
