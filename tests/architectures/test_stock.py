@@ -333,7 +333,16 @@ COMMANDS = [
     "train recipe.yaml -q",
     "export run exported -q",
     "merge lora merged --base hostile -q",
+    "grow rounds.yaml -q",
 ]
+ROUNDS = """
+source: hostile
+output: forest
+domains: {a: demo, b: demo}
+rounds: 1
+training: {length: 32, global_batch: 1, micro_batch: 1, stages: [{steps: 1, learning_rate: 0.0001}]}
+merge: {verification: {tokens: 64}}
+"""
 NO_MODEL = {"list", "recipe", "completion", "demo", "env", "tune-kernels"}  # they load nothing of the user's
 
 
@@ -350,6 +359,7 @@ def test_no_verb_runs_what_a_folder_names(
     shutil.copytree(hostile, tmp_path / "hostile2")
     hostile_adapter(tmp_path / "lora")
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(model="moe", output="run", parent="hostile"))
+    (tmp_path / "rounds.yaml").write_text(ROUNDS)
     said = []
     for command in COMMANDS:
         verb, *arguments = command.replace("TASKS", str(ROOT / "tests" / "tasks")).split()

@@ -55,6 +55,16 @@ SHORTER = (
     ("train instruct", "--set data.chat_template=turns"),  # the tokenizer here has no template
     ("train lora", "--set stages.0.steps=2 --set stages.0.tokens=null --set stages.0.schedule.warmup=0"),
     ("train lora", "--set data.chat_template=turns"),
+    *(
+        ("upcycle grow" if part == "training" else "grow btx", f"--set {part}.{key}={value}")
+        for part in ("training", "tuning")
+        for key, value in (
+            *(("stages.steps", 2), ("stages.tokens", "null"), ("stages.schedule.warmup", 0), ("length", 64)),
+            *(("global_batch", 2), ("micro_batch", 1), ("data.validation.tokens", 64)),
+        )
+    ),
+    ("grow btm", "--set sample=64"),
+    ("grow rounds.yaml", "--set sample=64"),
     ("upcycle report", "--tokens 64"),
     ("--speed", "--text prose"),
     ("upcycle chat", "--tokens 3"),
@@ -128,7 +138,7 @@ def reader(
     sound_folder(tmp_path / "speech")
     pair_file(tmp_path / "pairs.jsonl")
     (tmp_path / "captions.txt").write_text("a photo\n" * 3 + "another photo\na third one\n", encoding="utf-8")
-    for name in ("llama", "ancestor", "SmolLM2-135M-Instruct"):
+    for name in ("llama", "ancestor", "seed", "SmolLM2-135M-Instruct"):
         shutil.copytree(pico("llama"), tmp_path / name)
     for name, made in zip(("math", "maths", "code", "coder", "law"), branches(5, 0.05), strict=True):
         shutil.copytree(made, tmp_path / name)
@@ -140,6 +150,12 @@ def reader(
         (tmp_path / f"{name}.txt").write_text(content[2000 * i : 2000 * i + 30_000], encoding="utf-8")
     rows = [json.dumps({"text": content[k : k + 800]}) for content in texts for k in range(0, 24_000, 800)]
     (tmp_path / "corpus.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    for name in ("law", "code", "math", "news"):
+        shutil.copy(tmp_path / "corpus.jsonl", tmp_path / f"{name}.jsonl")
+    (written,) = re.findall(
+        r"```yaml\n(source: \./seed\n.*?)```", (GUIDES / "mixing.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    (tmp_path / "rounds.yaml").write_text(written, encoding="utf-8")
     write_chats(tmp_path / "chat.jsonl", sums(200))
     (tmp_path / "recipe.yaml").write_text("method: sparse_upcycling\nexperts: 4\nrouter: random\n", encoding="utf-8")
     (tmp_path / "configs").symlink_to(ROOT / "configs")

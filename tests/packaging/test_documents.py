@@ -18,6 +18,7 @@ from wrapped_models import small_model
 
 import upcycle
 from upcycle import errors
+from upcycle.branching.grow import RoundsResult, StepShown
 from upcycle.cli.main import cli
 from upcycle.cli.reference.exit_codes_page import EXIT_CODES
 from upcycle.cli.reference.json_page import JSON_KEYS
@@ -28,6 +29,7 @@ from upcycle.evaluation.compressing.cut_comparison import CutComparison, CutResu
 from upcycle.evaluation.encoders.embeddings import EmbeddingResult
 from upcycle.evaluation.encoders.image_classes import ClassResult
 from upcycle.evaluation.encoders.two_inputs import RetrievalResult
+from upcycle.evaluation.routing_habits import EarlierChoices, LayerHabits, RoutingHabits
 from upcycle.evaluation.speed import KernelSpeed, ModelSpeed, Speed
 from upcycle.evaluation.task_scores import TaskScore, TaskScores
 from upcycle.publishing.gguf import GgufExport
@@ -318,6 +320,11 @@ def test_json_keys(
         "evaluate classes": keys_of(ClassResult),
         "evaluate retrieval": keys_of(RetrievalResult),
         "init": json.loads(begun.stdout),
+        "grow": keys_of(RoundsResult),
+        "grow steps": keys_of(StepShown),
+        "evaluate routing": keys_of(RoutingHabits),
+        "evaluate routing layers": keys_of(LayerHabits),
+        "evaluate routing earlier": keys_of(EarlierChoices),
         "evaluate tasks": keys_of(TaskScores),
         "evaluate tasks scores": keys_of(TaskScore),
         "evaluate speed": keys_of(Speed),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from upcycle.plugins import PluginParameters
 
@@ -66,6 +66,16 @@ class ControlParameters(PluginParameters):
         description="a token's experts after its first: all of top-k, each at random with a chance of twice its share of the weight "
         "(GShard), or sampled in proportion to their scores (DeepSpeed)",
     )
+    choice: Literal["top_k", "soft", "sample"] = Field(
+        "top_k",
+        description="BTX's routers: top_k as the model has it; soft: all experts, in validation, too; sample: in training one, drawn "
+        "by Gumbel noise (Sample-Top-1)",
+    )
+    temperature_rate: float = Field(
+        1e-4, ge=0, description="of sample: the temperature is exp(-rate * steps of the stage), from 1 on"
+    )
+    least_temperature: float = Field(0.5, gt=0, le=1, description="of sample: the temperature's lower end")
+    soft_first: bool = Field(False, description="of sample: soft in the first MoE layer, as in the paper")
     capacity_factor: float | None = Field(
         None,
         gt=0,
@@ -87,6 +97,12 @@ class ControlParameters(PluginParameters):
         False, description="scale the choices that a token keeps up to the weight that all of them had (DeepSpeed)"
     )
     min_capacity: int = Field(4, ge=1, description="an expert takes at least this many choices")
+    expert_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="in training, every routed expert drops this share of its neurons, for every token anew (Switch: 0.4, Flan-MoE)",
+    )
     cluster_dropout: float = Field(
         0.0,
         ge=0,
@@ -98,6 +114,23 @@ class ControlParameters(PluginParameters):
     cluster_steps: int = Field(
         250, ge=1, description="of cluster_dropout: after so many steps other experts are dropped"
     )
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> ControlParameters:
+        if self.soft_first and self.choice != "sample":
+            raise ValueError("soft_first is of choice: sample")
+        if self.choice != "top_k":
+            others = {
+                "noise": self.noise != "none",
+                "second": self.second != "always",
+                "capacity_factor": self.capacity_factor is not None or self.evaluation_capacity_factor is not None,
+                "cluster_dropout": self.cluster_dropout > 0,
+            }
+            if given := [name for name, found in others.items() if found]:
+                raise ValueError(
+                    f"{given[0]} changes a choice of top-k, and choice is {self.choice}; leave one of them out"
+                )
+        return self
 
 
 class DistillationParameters(PluginParameters):

@@ -14,15 +14,17 @@ from torch import nn
 from torch.nn.functional import linear, softplus
 
 from upcycle.errors import UsageError
+from upcycle.models.own.routing.standardized import normalized_logits
 from upcycle.trainers.data.keyed_random import random_words
 from upcycle.trainers.recipe.part_recipes import ControlParameters
 from upcycle.trainers.routing.capacity import within_capacity
 from upcycle.trainers.routing.cluster_dropout import check_clusters, without_dropped
+from upcycle.trainers.routing.expert_dropout import drop_inside
+from upcycle.trainers.routing.other_choices import check_choice, sampled_top_1, soft, temperature_of
 from upcycle.trainers.routing.routing_rule import RoutingRule, widened
 from upcycle.trainers.routing.stock_routers import MoeLayer, sampling_noise
 
 NOISE_WEIGHT = "noise_weight"  # a parameter of routers with learned noise, [E, D]; no part of the exported model
-_NORM_EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,19 @@ class RouterControl:
       experts per token it is so for each behind the first. Weights stay what they were, or are those of the drawn ones.
     - cluster dropout: MoEC (arXiv 2207.09094), see :mod:`upcycle.trainers.routing.cluster_dropout`. Those that are left share the
       softmax; recorded logits are all experts'. The authors' code draws the same experts in every cluster of a worker.
+    - expert dropout: see :func:`upcycle.trainers.routing.expert_dropout.drop_inside`.
     - capacity: see :func:`upcycle.trainers.routing.capacity.within_capacity`. A dropped choice weighs 0, and the others are not
       renormalised (Mesh TensorFlow) unless ``renormalize`` says so (DeepSpeed). The experts still compute what was dropped:
       its absence from the output is simulated. Papers evaluate with a larger capacity (ST-MoE, DeepSpeed: 2.0): that is
       ``evaluation_capacity_factor``. Groups are rows by default, and every router's own: GShard's and ST-MoE's groups are
       tokens that lie together, DeepSpeed's and Megatron-LM's a device's pass.
 
+    - choice: sample: BTX's Sample-Top-1, see :func:`upcycle.trainers.routing.other_choices.sampled_top_1`. Validation and the
+      exported model take the most probable expert at weight 1; the paper draws there, too.
+
     In validation, too, as the paper's model has it:
+
+    - choice: soft: BTX's soft routing, in every layer, or in the first beside ``sample`` (``soft_first``).
 
     - normalised logits: Skywork-MoE (arXiv 2406.06563), by the population's standard deviation plus 1e-6 (unsourced there).
     """
@@ -66,8 +74,10 @@ class RouterControl:
         self._real: torch.Tensor | None = None
         self._keys: Sequence[object] = ()
         self.step = 0  # steps before the present one, in the stage
+        self._first: int | None = None  # of the layers, by index
         self.unexported: str | None = None  # what the exported model will do otherwise
         self._handles: list[Any] = []
+        self._ends: list[Callable[[], None]] = []
 
     def rows(self, real: torch.Tensor | None, keys: Sequence[object] = ()) -> None:
         """Describe the rows of the coming passes.
@@ -103,11 +113,17 @@ class RouterControl:
                 hint="leave noise, second: sampled and normalize_logits out, or set router_jitter_noise to 0 in config.json",
             )
         weights_are_constant = rule.constant is not None or (rule.top_k == 1 and rule.normalized)
+        if options.normalize_logits and rule.spread is not None:
+            raise UsageError(
+                f"normalize_logits: this model normalises its logits by itself, to the standard deviation {rule.spread:g}",
+                hint="leave it out",
+            )
         if options.normalize_logits and not options.accept_unexported and not weights_are_constant:
             raise UsageError(
                 "normalize_logits: no stock architecture normalises logits, so the exported model would weigh experts differently "
                 "from the trained one",
-                hint="leave it out, or set accept_unexported: true",
+                hint="convert with --target upcycle_moe --set routing.spread=1, whose routers do so everywhere, or set "
+                "accept_unexported: true",
             )
         if options.normalize_logits and not weights_are_constant:
             self.unexported = (
@@ -116,9 +132,13 @@ class RouterControl:
             )
         if options.cluster_dropout:
             check_clusters(options, layer)
+        self.unexported = check_choice(options, layer) or self.unexported
+        self._first = layer.index if self._first is None else self._first
         if options.noise == "learned" and not hasattr(layer.router, NOISE_WEIGHT):
             rows = next(layer.router.parameters())
             layer.router.register_parameter(NOISE_WEIGHT, nn.Parameter(torch.zeros_like(rows)))
+        if options.expert_dropout:
+            self._ends.append(drop_inside(layer.experts, options.expert_dropout))
         if options.jitter:
             self._handles.append(layer.router.register_forward_pre_hook(self._jitter(layer)))
         if any(
@@ -127,6 +147,7 @@ class RouterControl:
                 options.second != "always",
                 options.normalize_logits,
                 options.cluster_dropout,
+                options.choice != "top_k",
                 options.capacity_factor,
                 options.evaluation_capacity_factor,
             )
@@ -138,6 +159,9 @@ class RouterControl:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for end in self._ends:
+            end()
+        self._ends.clear()
 
     def _jitter(self, layer: MoeLayer) -> Callable[..., Any]:
         epsilon = self.parameters.jitter
@@ -186,6 +210,13 @@ class RouterControl:
         dropping = training and options.cluster_dropout
         if dropping:
             routed = without_dropped(routed, options, layer.index, self.step)
+        if options.choice == "soft" or (options.soft_first and layer.index == self._first):
+            weights, experts = soft(rule, routed)
+            return logits, weights.to(dtype), experts
+        if options.choice == "sample" and training:
+            tau = temperature_of(self.step, options.temperature_rate, options.least_temperature)
+            weights, experts = sampled_top_1(routed, self._drawn(layer, "choice", routed, _exponential), tau)
+            return logits, weights.to(dtype), experts
         if options.normalize_logits or noisy or dropping:
             weights, experts = rule.route(routed)
         if training and options.second == "sampled" and rule.top_k > 1:
@@ -224,12 +255,6 @@ class RouterControl:
             return torch.full_like(logits, self.parameters.noise_std or 1 / logits.shape[1])
         rows: torch.Tensor = getattr(router, NOISE_WEIGHT)
         return softplus(widened(linear(hidden.to(rows.dtype), rows))) + self.parameters.noise_floor
-
-
-def normalized_logits(logits: torch.Tensor, spread: float) -> torch.Tensor:
-    """``spread * (z - mean(z)) / std(z)`` of every row of ``[T, E]`` (Skywork-MoE, arXiv 2406.06563, section 4.1)."""
-    centred = logits - logits.mean(-1, keepdim=True)
-    return spread * centred / (centred.square().mean(-1, keepdim=True).sqrt() + _NORM_EPSILON)
 
 
 Fill: TypeAlias = Callable[[torch.Tensor, torch.Generator | None], torch.Tensor]  # in place; the tensor is returned

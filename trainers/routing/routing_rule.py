@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from upcycle.architectures.moe.base import Score
+from upcycle.models.own.routing.standardized import normalized_logits
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class RoutingRule:
 
     The weights are ``factor * score / (sum of the chosen + epsilon)`` where ``normalized``, else ``factor * score``. A
     softmax of the top-k logits is the same as a normalised top-k of the softmax. ``constant`` is what every chosen expert
-    weighs where no score matters.
+    weighs where no score matters. Where there is a ``spread``, the model itself normalises logits (Skywork-MoE).
     """
 
     score: Score
@@ -26,6 +27,7 @@ class RoutingRule:
     factor: float = 1.0
     epsilon: float = 0.0
     constant: float | None = None
+    spread: float | None = None
     # Returns [E] or None. Asked for every time, as casting a model replaces its buffers.
     bias: Callable[[], torch.Tensor | None] = lambda: None
 
@@ -37,6 +39,8 @@ class RoutingRule:
     def scores(self, logits: torch.Tensor) -> torch.Tensor:
         """``[T, E]`` in at least fp32: the softmax, or the sigmoid of every logit."""
         wide = widened(logits)
+        if self.spread is not None:
+            wide = normalized_logits(wide, self.spread)
         return wide.softmax(-1) if self.score == "softmax" else wide.sigmoid()
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from upcycle.models.experts import has_experts
 from upcycle.models.own.moe_block import MoeBlock
 from upcycle.models.own.routing.biased_top_k import BiasedTopKRule
 from upcycle.models.own.routing.skip import SkipRule
+from upcycle.models.own.routing.standardized import StandardizedTopKRule
 from upcycle.models.own.routing.top_k import TopKRule
 from upcycle.registry import find
 from upcycle.trainers.distributed.expert_parallel import is_parallel
@@ -218,6 +219,8 @@ def _own_layers(places: list[RouterPlace]) -> list[MoeLayer]:
         equal = rule.equal_weight(place.count) if rule.scores == "ones" else None
         score: Score = "softmax" if rule.scores == "ones" else rule.scores
         read = RoutingRule(score, place.count, rule.top_k, rule.normalized, constant=equal)
+        if isinstance(rule, StandardizedTopKRule):
+            read = replace(read, spread=rule.spread)
         if isinstance(rule, BiasedTopKRule):
             router = place.router
             bias = partial(selection_bias, router, router)

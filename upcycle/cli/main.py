@@ -47,6 +47,7 @@ VERB_GROUPS = {
     },
     "Train": {
         "train": "train",
+        "grow": "grow",
         "export": "export",
         "merge": "adapting.merge",
     },
@@ -63,7 +64,13 @@ VERB_GROUPS = {
     },
 }
 VERBS = {name: module for group in VERB_GROUPS.values() for name, module in group.items()}
-CONTINUABLE = ("convert", "compress", "train", "push")  # their work so far is kept, so the same command can continue it
+CONTINUABLE = (
+    "convert",
+    "compress",
+    "train",
+    "grow",
+    "push",
+)  # their work so far is kept, so the same command can continue it
 
 
 class _Verbs(click.Group):

@@ -18,6 +18,7 @@ from upcycle.evaluation.encoders.embeddings import EmbeddingResult
 from upcycle.evaluation.encoders.image_classes import ClassResult
 from upcycle.evaluation.encoders.measure import encoder_folder, measure_encoder
 from upcycle.evaluation.encoders.two_inputs import RetrievalResult, measure_two_inputs, reads_more
+from upcycle.evaluation.routing_habits import RoutingHabits, routing_habits
 from upcycle.evaluation.speed import Speed, measure_speed
 from upcycle.evaluation.task_scores import TaskScores, score_tasks
 from upcycle.files import records
@@ -72,6 +73,7 @@ class Evaluation(HtmlShown):
     embeddings: EmbeddingResult | None = None
     classes: ClassResult | None = None
     retrieval: RetrievalResult | None = None
+    routing: RoutingHabits | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for ``--json``."""
@@ -96,6 +98,8 @@ def evaluate(
     images: str | Path | None = None,
     column: str = "text",
     target: str | None = None,
+    routing: bool = False,
+    earlier: Sequence[str | Path] = (),
     progress: Progress = IN_NOTEBOOKS,
 ) -> Evaluation:
     """Measure perplexity in fp32 with strided windows, and the load of every expert; or scores on ``tasks``, or ``speed``.
@@ -127,6 +131,8 @@ def evaluate(
         column: of a model of two texts, the column of ``text`` (files of rows, hub datasets) that its encoder reads.
         target: the column that its decoder writes.
         speed: time prefill and decoding of both models, in turns, and measure their memory.
+        routing: ask what the routers of a MoE follow: token ids, places in a window, and what earlier models chose.
+        earlier: of routing: earlier models of the same shape, or training runs, all of whose checkpoints are compared.
         progress: receives the progress.
 
     Raises:
@@ -150,7 +156,16 @@ def evaluate(
     if speed:
         timed = measure_speed(str(model), other, progress=progress)
         _keep(str(model), {"speed": timed.as_dict()}, progress)
-    names = [text] if isinstance(text, str) else list(text or ([] if scores or timed else DEMO_TEXTS))
+    if earlier and not routing:
+        raise UsageError("--earlier compares what routers choose", hint="--routing --earlier RUN")
+    given = [text] if isinstance(text, str) else list(text or [])
+    habits = None
+    if routing:
+        most = None if full else tokens or SAMPLE
+        habits = routing_habits(
+            str(model), given or DEMO_TEXTS, most, window, list(map(str, earlier)), progress=progress
+        )
+    names = given or ([] if scores or timed or habits else list(DEMO_TEXTS))
     if names and reads_more(str(model)) is not None:
         sources = [str(images)] if images else []
         wanted = {
@@ -175,9 +190,11 @@ def evaluate(
     if images:
         raise UsageError(f"{model} reads no images", hint="leave --images out")
     if not names:
-        return Evaluation(str(model), other, window, stride or max(1, window // 2), [], [], scores, timed)
+        return Evaluation(
+            str(model), other, window, stride or max(1, window // 2), [], [], scores, timed, routing=habits
+        )
     found = _on_texts(str(model), other, names, window, stride, None if full else tokens or SAMPLE, progress)
-    return replace(found, tasks=scores, speed=timed)
+    return replace(found, tasks=scores, speed=timed, routing=habits)
 
 
 def _keep(model: str, measured: dict[str, Any], progress: Progress) -> None:

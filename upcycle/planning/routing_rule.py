@@ -56,7 +56,8 @@ def rule_of(recipe: Recipe, method: Method) -> Any | None:
     from upcycle.models.own.routing.rules import RULES
 
     top_k = {"top_k": recipe.top_k} if routing.rule == "top_k" else {}
-    return RULES[routing.rule].of({**top_k, **routing.parameters})
+    name = "standardized_top_k" if routing.spread is not None else routing.rule
+    return RULES[name].of({**top_k, **routing.parameters})
 
 
 def refuse_unroutable(target: Target, shape: MoeShape, router: Router | None = None) -> None:
@@ -72,7 +73,7 @@ def refuse_unroutable(target: Target, shape: MoeShape, router: Router | None = N
     if rule is not None:
         raise RefusalError(
             f"{target.name} routes by {target.router_semantics}: it has no rule by which the experts that run are {rule.says}"
-            + (f" and weigh {rule.scores}" if rule.name == "top_k" else ""),
+            + (f" and weigh {rule.scores}" if rule.name in ("top_k", "standardized_top_k") else ""),
             hint=hint,
         )
     if router is not None and not shape.router.linear:

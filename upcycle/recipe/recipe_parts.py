@@ -39,6 +39,12 @@ class RoutingRecipe(StrictSettings):
         None,
         description="of top_k and expert_choice: whether the chosen experts' weights are divided by their sum (default: true)",
     )
+    spread: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="of top_k: bring every token's logits to mean 0 and this standard deviation first (Skywork-MoE: 1)",
+    )
     tau: float | None = Field(
         None,
         ge=0,
@@ -72,7 +78,7 @@ class RoutingRecipe(StrictSettings):
     @model_validator(mode="after")
     def _parameters_of_rule(self) -> RoutingRecipe:
         known: dict[str, tuple[str, ...]] = {
-            "top_k": ("scores", "normalized"),
+            "top_k": ("scores", "normalized", "spread"),
             "dynamic_k": ("tau",),
             "threshold": ("threshold",),
             "relu": (),

@@ -11,14 +11,20 @@ from upcycle.errors import UsageError
 from upcycle.files.locate import is_local
 from upcycle.files.user_paths import user_path
 
-Verb = Literal["convert", "train"]
-RECIPE_VERBS: tuple[Verb, ...] = ("convert", "train")
+Verb = Literal["convert", "train", "grow"]
+RECIPE_VERBS: tuple[Verb, ...] = ("convert", "train", "grow")
+# What stands behind the name of a recipe for each verb.
+_MORE: dict[Verb, str] = {
+    "convert": "OUT --source SOURCE",
+    "train": "--model MODEL --output OUT --set data=TEXT",
+    "grow": "--source SEED --output OUT --set domains.NAME=TEXT",
+}
 _SUFFIXES = (".yaml", ".yml")
 _NO_RECIPES = ("demo_model",)  # the settings with which the embedded model was trained, read by a module of its own
 
 
 def shipped(verb: Verb) -> dict[str, Path]:
-    """Return the files of the recipes for ``upcycle convert`` or ``upcycle train``, by name."""
+    """Return the files of the recipes for a verb, by name."""
     folder = Path(import_module(f"upcycle.configs.{verb}").__path__[0])  # beside upcycle/ in a checkout without links
     found = sorted(folder.glob("*.yaml"))
     return {path.stem: path for path in found if path.stem not in _NO_RECIPES}
@@ -78,8 +84,7 @@ def _shipped(name: str, verb: Verb, argument: str | None = None) -> Path | None:
         return recipes[name]
     for other in RECIPE_VERBS:
         if name in shipped(other):
-            more = " --model MODEL --output OUT --set data=TEXT" if other == "train" else " OUT --source SOURCE"
-            raise UsageError(f"'{name}' is a recipe of upcycle {other}", hint=f"upcycle {other} {name}{more}")
+            raise UsageError(f"'{name}' is a recipe of upcycle {other}", hint=f"upcycle {other} {name} {_MORE[other]}")
     if argument:
         raise UsageError(f"no such recipe: {argument}", hint=recipe_hint(name, verb))
     return None

@@ -207,6 +207,25 @@ def test_copies_of_4_with_top_2_where_the_paper_has_them(
     compare(model, pico("llama"), weighted_copies(True), ROUNDING)
 
 
+@pytest.mark.long
+def test_skyworks_logits_are_normalised_before_training_and_in_the_exported_model(pico: Pico, tmp_path: Path) -> None:
+    moe = converted("skywork_moe", pico("llama"), tmp_path / "moe")
+    compare(moe_of(moe), pico("llama"), weighted_copies(True), ROUNDING)  # weights sum to 1: the dense model
+    _, result, lines = trained("skywork_moe", moe, tmp_path / "run")
+    assert {key for key in lines[0] if key.startswith("loss/")} == {"loss/skywork_balance"}
+    for layer in moe_layers(moe_of(Path(str(result.model)))):
+        assert (layer.rule.experts, layer.rule.top_k, layer.rule.spread) == (16, 2, 1.0)
+        with torch.no_grad():
+            logits, weights, experts = layer.router(tokens(layer.index, ffns(pico("llama"))[layer.index]))
+        for row, own, chosen in zip(logits.double(), weights, experts, strict=True):
+            gates = ((row - row.mean()) / (row.std(correction=0) + 1e-6)).softmax(-1)
+            best = gates.topk(2)
+            assert sorted(best.indices.tolist()) == sorted(chosen.tolist())
+            expected = gates[chosen] / best.values.sum()
+            torch.testing.assert_close(own.double(), expected, rtol=1e-5, atol=1e-6)
+            assert float(abs(own.double() - row.softmax(-1)[chosen] / row.softmax(-1)[chosen].sum()).max()) > 1e-4
+
+
 def test_nvidias_upcycling_spreads_its_scale_over_three_matrices_and_weighs_by_the_softmax_over_all(
     pico: Pico, tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import linear
 
 from upcycle.errors import UsageError
+from upcycle.models.own.routing.standardized import normalized_logits
 from upcycle.registry import TARGETS
 from upcycle.trainers.recipe.part_recipes import ControlParameters
 from upcycle.trainers.routing.router_control import (
@@ -18,7 +19,6 @@ from upcycle.trainers.routing.router_control import (
     RouterControl,
     _by_chance,
     _sampled,
-    normalized_logits,
 )
 from upcycle.trainers.routing.router_records import RouterRecord, capture
 from upcycle.trainers.routing.stock_routers import moe_layers

@@ -16,6 +16,7 @@ from upcycle.models.own.replaced_ffn import ReplacedFfn
 from upcycle.models.own.routing.base import RouterRule
 from upcycle.models.own.routing.dynamic_k import DynamicKRule
 from upcycle.models.own.routing.relu import ReluRule
+from upcycle.models.own.routing.standardized import StandardizedTopKRule
 from upcycle.models.own.routing.threshold import ThresholdRule
 from upcycle.models.own.routing.top_k import TopKRule
 from upcycle.trainers.routing.router_control import ControlParameters, RouterControl
@@ -40,6 +41,7 @@ def model(rule: RouterRule, router: RouterForm) -> Any:
     [
         (TopKRule(2), None),
         (TopKRule(2, "sigmoid", False), None),
+        (StandardizedTopKRule(2, spread=1.5), None),
         (TopKRule(3, "ones", False), 1.0),
         (TopKRule(3, "ones"), 1 / 3),
     ],

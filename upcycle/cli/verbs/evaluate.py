@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from upcycle.cli.shared.habits_table import habit_tables
 from upcycle.cli.shared.options import common_options, quiet_option
 from upcycle.cli.shared.output import ProgressBars, note, print_facts, print_json, print_table
 from upcycle.evaluation.score_table import score_rows
@@ -53,6 +54,13 @@ from upcycle.files.user_paths import user_path
 )
 @click.option("--target", help="of a model of two texts: the decoder's column")
 @click.option("--speed", is_flag=True, help="time prefill and decoding, and measure memory, instead of perplexity")
+@click.option("--routing", is_flag=True, help="ask what routers follow: token ids, places in a window, earlier models")
+@click.option(
+    "--earlier",
+    multiple=True,
+    metavar="RUN",
+    help="with --routing: a training run, whose checkpoints are compared, or an earlier model (repeatable)",
+)
 @quiet_option
 @common_options
 def command(
@@ -71,6 +79,8 @@ def command(
     column: str,
     target: str | None,
     speed: bool,
+    routing: bool,
+    earlier: tuple[str, ...],
     quiet: bool,
     as_json: bool,
     debug: bool,
@@ -85,6 +95,7 @@ def command(
     upcycle evaluate ./moe --reference ./llama --tasks arc_easy,hellaswag --limit 500
     upcycle evaluate ./moe --tasks my_task --task-folder ./tasks
     upcycle evaluate ./moe --reference ./llama --speed
+    upcycle evaluate ./healed/model --routing --earlier ./healed
     upcycle evaluate ./vit-moe --reference ./vit --images ./photos
     upcycle evaluate ./t5-moe --reference ./t5 --text pairs.jsonl --column question --target answer
 
@@ -114,6 +125,8 @@ def command(
         images=images,
         column=column,
         target=target,
+        routing=routing,
+        earlier=earlier,
         progress=ProgressBars(quiet),
     )
     if as_json:
@@ -125,6 +138,9 @@ def command(
         print_facts(_encoder_facts(result))
     if result.layers:
         _print_load(result.layers)
+    if result.routing:
+        for title, columns, rows in habit_tables(result.routing):
+            print_table(columns, rows, right=range(len(columns)), title=title)
     if result.tasks:
         _print_tasks(result.tasks)
     if result.speed:

@@ -57,9 +57,9 @@ class BranchTrainMix(MixingMethod, Copies):
 
     Deviations. The paper's chunks have router rows of their own; here those of a source share one (``tied=false`` for the
     paper's), without which no token sees a whole FFN before training. Of its other routers, Switch's is ``--top-k 1``, trained
-    with a capacity factor of 1.5, and soft routing is a top-k of all experts; Sample-Top-1, which the paper anneals, is not
-    here, as no native target samples. ``rest=base``, ``noise``, shared sources and their
-    scales are not in the paper: they are mergekit's.
+    with a capacity factor of 1.5, and soft routing is a top-k of all experts; Sample-Top-1 is ``control.choice: sample`` of
+    ``upcycle train`` with one expert per token, and takes the most probable one afterwards. ``rest=base``, ``noise``, shared
+    sources and their scales are not in the paper: they are mergekit's.
     """
 
     name = "branch_train_mix"

@@ -14,6 +14,7 @@ from upcycle.models.own.routing.expert_choice import ExpertChoiceRule
 from upcycle.models.own.routing.relu import ReluRule
 from upcycle.models.own.routing.rules import RULES
 from upcycle.models.own.routing.skip import SkipRule
+from upcycle.models.own.routing.standardized import StandardizedTopKRule
 from upcycle.models.own.routing.threshold import ThresholdRule
 from upcycle.models.own.routing.top_k import TopKRule
 
@@ -45,6 +46,9 @@ EVERY: list[RouterRule] = [
     SkipRule(3, beta=0.5, rescaled=False),
     SkipRule(3, "sigmoid", False, beta=0.8, factor=2.0),
     SkipRule(2, "sigmoid", epsilon=1e-3, beta=0.7),
+    StandardizedTopKRule(2),
+    StandardizedTopKRule(3, normalized=False, spread=2.5),
+    StandardizedTopKRule(2, "sigmoid", spread=0.5),
 ]
 
 
@@ -88,6 +92,11 @@ def restated(rule: RouterRule, z: list[float]) -> list[float]:
     soft = [math.exp(one - top) for one in z]
     soft = [one / sum(soft) for one in soft]
     match rule:
+        case StandardizedTopKRule():
+            mean = sum(z) / len(z)
+            std = math.sqrt(sum((one - mean) ** 2 for one in z) / len(z))
+            z = [rule.spread * (one - mean) / (std + 1e-6) for one in z]
+            return restated(TopKRule(rule.top_k, rule.scores, rule.normalized), z)
         case BiasedTopKRule():
             return biased_top_k(rule, soft, z)
         case TopKRule():
@@ -183,6 +192,8 @@ def test_gradients_are_finite_differences(rule: RouterRule) -> None:
         ("biased_top_k", {"factor": 0}, "'factor' must be a positive number, got 0"),
         ("biased_top_k", {"epsilon": -1}, "'epsilon' must be a not negative number, got -1"),
         ("biased_top_k", {"biased": 1}, "'biased' must be true or false, got 1"),
+        ("standardized_top_k", {"spread": 0}, "'spread' must be a positive number, got 0"),
+        ("standardized_top_k", {"scores": "ones"}, "'scores' are ones"),
         ("skip", {"beta": 1.5}, "'beta' must be a number from 0 to 1, got 1.5"),
     ],
 )

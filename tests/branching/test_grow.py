@@ -1,0 +1,213 @@
+"""The rounds on tiny models: what each branch and merge is, in plain fp64, and that a kill at any point changes nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+from training_runs import write_text
+
+import upcycle.branching.grow as growing
+from upcycle.branching.grow import RoundsResult, grow, look
+from upcycle.cli.main import cli
+from upcycle.errors import UsageError
+from upcycle.trainers.run.loop import train
+
+Pico = Callable[[str], Path]
+
+
+def recipe(seed: Path, folder: Path, **changes: Any) -> dict[str, Any]:
+    folder.mkdir(exist_ok=True)
+    return {
+        "source": str(seed),
+        "output": str(folder / "forest"),
+        "domains": {name: write_text(folder / f"{name}.jsonl", 40, shift) for name, shift in (("law", 0), ("code", 9))},
+        "rounds": 1,
+        "training": {
+            "length": 16,
+            "global_batch": 4,
+            "micro_batch": 4,
+            "data": {"cache": str(folder / "cache"), "validation": {"tokens": 64, "batch": 2}},
+            "stages": [{"steps": 2, "learning_rate": 0.01}],
+            "log": {"peak_tflops": 0.05},
+        },
+        "merge": {"verification": {"enabled": False}},
+        **changes,
+    }
+
+
+def weights(folder: Path | str) -> dict[str, torch.Tensor]:
+    return {name: tensor.double() for name, tensor in load_file(Path(folder) / "model.safetensors").items()}
+
+
+def models(result: RoundsResult) -> dict[str, dict[str, torch.Tensor]]:
+    return {each.step: weights(each.model) for each in result.steps}
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_round_trains_every_branch_and_merges_them(pico: Pico, tmp_path: Path) -> None:
+    content = recipe(pico("llama"), tmp_path)
+    before = look(content)
+    assert [each.state for each in before.steps] == ["next", "waiting", "waiting"]
+    assert not (tmp_path / "forest").exists()
+    result = grow(content)
+    assert [(each.step, each.state) for each in result.steps] == [
+        ("round-1/law", "done"),
+        ("round-1/code", "done"),
+        ("round-1/merge", "done"),
+    ]
+    made = models(result)
+    # A branch is what upcycle train makes of the seed and the domain alone.
+    alone = {**content["training"], "model": content["source"], "output": str(tmp_path / "alone")}
+    alone["data"] = {**alone["data"], "domains": {"code": content["domains"]["code"]}}
+    assert equal(made["round-1/code"], weights(str(train(alone).model)))
+    # The merge is the mean, rounded once to fp32.
+    for name, merged in made["round-1/merge"].items():
+        mean = (made["round-1/law"][name] + made["round-1/code"][name]) / 2
+        assert torch.equal(merged, mean.float().double()), name
+    assert not equal(made["round-1/law"], made["round-1/code"])
+    assert result.seed is not None
+    assert set(result.seed) == {"law", "code"}
+    learned = {each.step: each.losses for each in result.steps}
+    assert learned["round-1/law"]["law"] < result.seed["law"]  # type: ignore[index]
+    # Done is done, unless the recipe is another.
+    said: list[str] = []
+    assert grow(content, say=said.append).steps == result.steps
+    assert not [line for line in said if line.startswith("next:")]
+    content["training"]["stages"][0]["learning_rate"] = 0.02
+    with pytest.raises(UsageError, match=r"stages\.0\.learning_rate differs"):
+        grow(content)
+
+
+class Killed(BaseException):
+    """As a kill: nothing after it is carried out."""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("branch", ["merge", "posteriors"])
+def test_a_kill_at_any_point_changes_nothing(branch: str, pico: Pico, tmp_path: Path, monkeypatch: Any) -> None:
+    content = recipe(pico("llama"), tmp_path, rounds=2, branch=branch, last={"method": "branch_train_mix", **_QUICK})
+    if branch == "posteriors":
+        content["sample"] = 64
+    whole = grow({**content, "output": str(tmp_path / "whole")})
+    calls = 0
+    # Before and after every training run, conversion and measurement: the next call does what is left.
+    for name in ("train", "run_recipe", "_measured"):
+        owner: Any = growing if name != "_measured" else growing._Rounds
+        original = getattr(owner, name)
+
+        def dying(*arguments: Any, _original: Any = original, **keys: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls % 3 == 1:
+                raise Killed
+            made = _original(*arguments, **keys)
+            if calls % 3 == 2:
+                raise Killed
+            return made
+
+        monkeypatch.setattr(owner, name, dying)
+    kills = 0
+    for _ in range(200):
+        try:
+            result = grow(content)
+            break
+        except Killed:
+            kills += 1
+            assert [each.state for each in look(content).steps].count("next") <= 1
+    assert kills > 2 * len(result.steps)
+    assert models(result).keys() == models(whole).keys()
+    for step, made in models(whole).items():
+        assert equal(models(result)[step], made), step
+    assert [each.losses for each in result.steps] == [each.losses for each in whole.steps]
+
+
+_QUICK = {"verification": {"enabled": False}}
+
+
+@pytest.mark.long
+def test_a_branch_by_posteriors_is_the_mean_of_the_forest_that_its_text_decides(pico: Pico, tmp_path: Path) -> None:
+    """``p(D=j | x_<t)`` in plain fp64, from the probabilities that stock transformers gives every next token."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    texts = {name: tmp_path / f"{name}.txt" for name in ("law", "code")}
+    texts["law"].write_text("\n\n".join(["the cat sat on the mat"] * 60))
+    texts["code"].write_text("\n\n".join(["for i in range(7): print(i)"] * 60))
+    content = recipe(pico("llama"), tmp_path, rounds=2, branch="posteriors", sample=64)
+    content["domains"] = {name: {"text": str(path), "separator": "\n\n"} for name, path in texts.items()}
+    content["training"]["data"]["validation"]["fraction"] = 0
+    content["training"]["stages"][0]["steps"] = 6
+    result = grow(content)
+    made = models(result)
+    for domain in ("law", "code"):
+        tokenizer = AutoTokenizer.from_pretrained(pico("llama"))
+        begins = tmp_path / "forest" / "round-2" / f"{domain}-begins"
+        text = json.loads((begins / "upcycle.json").read_text())["merging"]["text"]
+        assert text["tokens"] == 64
+        ids = torch.tensor(tokenizer(texts[domain].read_text())["input_ids"][:64])[None]
+        logs = []
+        for branch in ("law", "code"):
+            folder = tmp_path / "forest" / "round-1" / branch / "model"
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+            with torch.no_grad():
+                logits = model(ids).logits[0, :-1].log_softmax(-1)
+            logs.append([float(logits[place, token]) for place, token in enumerate(ids[0, 1:].tolist())])
+        shares = [0.0, 0.0]
+        for t in range(len(logs[0])):  # the posterior before token t, from what was read of the sequence
+            read = [sum(log[:t]) for log in logs]
+            top = max(read)
+            odds = [torch.tensor(each - top, dtype=torch.float64).exp().item() for each in read]
+            shares = [share + each / sum(odds) / len(logs[0]) for share, each in zip(shares, odds, strict=True)]
+        own = ("law", "code").index(domain)
+        assert shares[own] > 0.6
+        for name, begun in made[f"round-2/{domain}-begins"].items():
+            mean = shares[0] * made["round-1/law"][name] + shares[1] * made["round-1/code"][name]
+            torch.testing.assert_close(begun, mean, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.long
+def test_more_rounds_are_added_and_all_begin_again_with_restart(pico: Pico, tmp_path: Path) -> None:
+    content = recipe(pico("llama"), tmp_path)
+    first = grow(content)
+    more = grow({**content, "rounds": 2})
+    assert more.steps[: len(first.steps)] == first.steps
+    content["training"]["stages"][0]["learning_rate"] = 0.03
+    again = grow(content, restart=True)
+    assert again.steps[0].losses != first.steps[0].losses
+    assert equal(
+        models(again)["round-1/merge"], models(grow({**content, "output": str(tmp_path / "new")}))["round-1/merge"]
+    )
+
+
+def test_what_others_wrote_is_left_alone(pico: Pico, tmp_path: Path) -> None:
+    content = recipe(pico("llama"), tmp_path)
+    (tmp_path / "forest").mkdir()
+    (tmp_path / "forest" / "mine.txt").write_text("mine")
+    with pytest.raises(UsageError, match="did not write what is in it"):
+        grow(content)
+    inside = {**content, "output": str(pico("llama") / "forest")}
+    with pytest.raises(UsageError, match="lies in the seed"):
+        look(inside)
+
+
+def test_the_command_shows_what_is_next(pico: Pico, tmp_path: Path) -> None:
+    import yaml
+
+    path = tmp_path / "rounds.yaml"
+    path.write_text(yaml.safe_dump(recipe(pico("llama"), tmp_path)))
+    shown = CliRunner().invoke(cli, ["grow", str(path), "--dry-run"])
+    assert shown.exit_code == 0, shown.output
+    assert "round-1/law" in shown.stdout
+    assert "3 of 3 steps" in " ".join(shown.stdout.split())
+    keys = json.loads(CliRunner().invoke(cli, ["grow", str(path), "--dry-run", "--json"]).stdout)
+    assert list(keys) == ["output", "stopped", "seed", "steps", "model", "seconds"]
+    assert list(keys["steps"][0]) == ["step", "does", "state", "model", "losses"]

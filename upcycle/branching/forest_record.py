@@ -1,0 +1,136 @@
+"""``forest.json``: which steps of the rounds are done, from what, and how good their models are. It is written after every step."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from upcycle.branching.plan_rounds import SEED_STEP, RoundStep
+from upcycle.errors import UpcycleError, UsageError
+from upcycle.files.atomic_files import write_text_whole
+from upcycle.files.formats.parsing import read_json
+from upcycle.files.formats.tensor_files import SafetensorsFolder
+from upcycle.files.output.ownership import MADE_BY, contents
+from upcycle.recipe.conversion_recipe import Recipe, parse_recipe
+from upcycle.trainers.recipe.training_recipe import TrainRecipe, parse_train_recipe
+
+FOREST = "forest.json"
+# The keys of a training recipe that decide what its model is; all others say where and how fast.
+_TRAINED_BY = ("data", "stages", "length", "global_batch", "seed", "dtype", "clip", "optimizer", "adapter")
+
+
+class ForestRecord:
+    """The steps that are done.
+
+    Args:
+        folder: the output.
+        seed: the folder of the seed.
+
+    Raises:
+        UsageError: the folder holds something that is no forest of upcycle.
+        CheckpointError: ``forest.json`` cannot be read.
+    """
+
+    def __init__(self, folder: Path, seed: Path) -> None:
+        self.folder, self.seed = folder, seed
+        path = folder / FOREST
+        if folder.is_dir() and contents(folder) and not path.is_file():
+            raise UsageError(
+                f"{folder} is not empty, and upcycle grow did not write what is in it", hint="choose another output"
+            )
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(f"{folder} is a file; the rounds need a folder", hint="choose another output")
+        new: dict[str, Any] = {**MADE_BY, "steps": {}, "again": []}
+        self._content: dict[str, Any] = read_json(path) if path.is_file() else new
+        if self._content.get("made_by") != MADE_BY["made_by"] or not isinstance(self._content.get("steps"), dict):
+            raise UsageError(f"{path} is not upcycle's", hint="choose another output")
+        self._content.setdefault("again", [])
+
+    def begin_again(self, steps: list[RoundStep]) -> None:
+        """Forget all steps, and remember that what they left must not be continued."""
+        self._content |= {"steps": {}, "again": [step.name for step in steps]}
+        self.write()
+
+    def restarts(self, step: RoundStep) -> bool:
+        """Whether a step must not continue what an earlier call left of it."""
+        return step.name in self._content["again"]
+
+    def losses(self, name: str) -> dict[str, float] | None:
+        """Nats per token of every domain that a step's model was measured on; ``None``: it is not done."""
+        found = self._content["steps"].get(name)
+        return None if found is None else found["losses"]
+
+    def done(self, step: RoundStep) -> bool:
+        """Whether a step is done, and its model is still there.
+
+        Raises:
+            UsageError: it was done by another recipe, or from another model.
+        """
+        found = self._content["steps"].get(step.name)
+        if found is None or not any((step.model / name).is_file() for name in ("config.json", "adapter_config.json")):
+            return False
+        changed = first_difference(_decisive(_reread(found["recipe"], step)), _decisive(step.recipe))
+        if changed is None and found["read"] != self._samples(step):
+            changed = "the weights that it reads"
+        if changed is not None:
+            raise UsageError(
+                f"{step.folder} is done, but by another recipe, or from another model, than '{step.name}' has now: {changed} differs",
+                hint="undo the change, choose another output, or begin all rounds again with --restart",
+            )
+        return True
+
+    def keep(self, step: RoundStep | None, losses: dict[str, float], seconds: float) -> None:
+        """Record that a step is done; ``None``: that the seed was measured."""
+        found: dict[str, Any] = {"losses": losses, "seconds": round(seconds, 3)}
+        if step is not None:
+            found |= {"recipe": step.recipe.model_dump(mode="json"), "read": self._samples(step)}
+            self._content["again"] = [each for each in self._content["again"] if each != step.name]
+        self._content["steps"][step.name if step else SEED_STEP] = found
+        self.write()
+
+    def write(self) -> None:
+        """Write the file as a whole."""
+        write_text_whole(self.folder / FOREST, json.dumps(self._content, indent=2) + "\n")
+
+    def _samples(self, step: RoundStep) -> list[str]:
+        """Hashes of samples of all weights that a step reads, wherever they lie."""
+        read = [self.seed if name == SEED_STEP else self.folder / name for name in step.reads]
+        return [SafetensorsFolder(_weights(folder)).sample() for folder in read]
+
+
+def _weights(folder: Path) -> Path:
+    """The model of a step's folder: of a run, what it exported."""
+    return folder / "model" if (folder / "model" / "config.json").is_file() else folder
+
+
+def _reread(content: Any, step: RoundStep) -> Any:
+    """A recorded recipe, with the defaults of keys that are newer than it; as it is where it cannot be read any more."""
+    with suppress(UpcycleError):
+        return parse_train_recipe(content, FOREST) if step.trains else parse_recipe(content, FOREST)
+    return content
+
+
+def _decisive(recipe: Any) -> Any:
+    """What of a recipe decides the model that it makes, as plain data, without names of folders."""
+    if isinstance(recipe, TrainRecipe):
+        content: dict[str, Any] = recipe.model_dump(mode="json", include=set(_TRAINED_BY))
+        content["data"] = {**content["data"], "cache": None}
+        return content
+    if isinstance(recipe, Recipe):
+        content = recipe.model_dump(mode="json", exclude={"source", "verification"})
+        return {**content, "sources": [{**source, "name": ""} for source in content["sources"]]}
+    return recipe
+
+
+def first_difference(was: Any, now: Any, path: str = "") -> str | None:
+    """The dotted path of the first value that differs in two structures of plain data; ``None``: none does."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        pairs = [(str(key), was.get(key), now.get(key)) for key in {**was, **now}]
+    elif isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
+        pairs = [(str(place), *both) for place, both in enumerate(zip(was, now, strict=True))]
+    else:
+        return None if was == now else path or "recipe"
+    parts = (first_difference(one, other, f"{path}.{key}" if path else key) for key, one, other in pairs)
+    return next((part for part in parts if part is not None), None)

@@ -1,0 +1,233 @@
+"""Branch-Train-Merge's loop: branches are trained on their domains, merged, and branched again, in one call that can be repeated."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from upcycle.branching.forest_record import ForestRecord
+from upcycle.branching.plan_rounds import SEED_STEP, RoundStep, held_out_data, plan_rounds
+from upcycle.branching.rounds_recipe import RoundsRecipe, parse_rounds_recipe, read_rounds_recipe
+from upcycle.conversion.convert import run_recipe
+from upcycle.errors import UpcycleError
+from upcycle.files.atomic_files import write_text_whole
+from upcycle.files.locate import locate
+from upcycle.files.output.locks import FolderLock
+from upcycle.files.output.ownership import cannot_write, check_apart, real_path
+from upcycle.files.records import RECIPE_FILE
+from upcycle.models.load import load_model
+from upcycle.progress import SILENT, Progress
+from upcycle.trainers.checkpoints.prepare_model import tokenizer_of
+from upcycle.trainers.data.batches import open_validation
+from upcycle.trainers.data.data_check import check_data
+from upcycle.trainers.distributed.launcher import launch_ranks
+from upcycle.trainers.distributed.ranks import process_group
+from upcycle.trainers.distributed.signals import INTERRUPTED
+from upcycle.trainers.recipe.data_recipe import DataRecipe
+from upcycle.trainers.recipe.training_recipe import TrainRecipe
+from upcycle.trainers.run.loop import train
+from upcycle.trainers.run.validation import validate
+
+State = Literal["done", "next", "waiting"]
+
+
+@dataclass(frozen=True)
+class StepShown:
+    """A step as it is shown: what it does, how far it is, and the losses of its model in nats per token, by domain."""
+
+    step: str
+    does: str
+    state: State
+    model: str
+    losses: dict[str, float] | None
+
+
+@dataclass(frozen=True)
+class RoundsResult:
+    """How the rounds ended: at their end, or ``stopped`` by a signal. ``seed`` has the seed's losses, by domain.
+
+    ``model`` is the folder of the last model, ``None`` where some step is left.
+    """
+
+    output: str
+    stopped: bool
+    seed: dict[str, float] | None
+    steps: list[StepShown]
+    model: str | None
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for ``--json``."""
+        return asdict(self)
+
+
+def _silent(_: str) -> None:
+    pass
+
+
+def grow(
+    recipe: RoundsRecipe | Mapping[str, Any] | str | Path,
+    *,
+    nproc: int | None = None,
+    restart: bool = False,
+    say: Callable[[str], None] = _silent,
+    progress: Progress = SILENT,
+) -> RoundsResult:
+    """Carry out Branch-Train-Merge's rounds (Li et al., arXiv 2208.03306): branch, train each branch, merge, and again.
+
+    The same call continues rounds that were stopped or killed: steps that are done are kept, a training run goes on from its
+    newest checkpoint, and a conversion from its last whole layer. More rounds may be added to a recipe that is done.
+
+    Args:
+        recipe: a recipe, its keys, or its file.
+        nproc: ranks that train every branch; ``None``: this process.
+        restart: forget all steps, and begin again.
+        say: called with each line of the report.
+        progress: receives the progress of conversions.
+
+    Raises:
+        UpcycleError: with the reason; what is done stays.
+    """
+    recipe = _parsed(recipe)
+    return _Rounds(recipe, say, progress).run(nproc, restart)
+
+
+def look(recipe: RoundsRecipe | Mapping[str, Any] | str | Path) -> RoundsResult:
+    """What the rounds would do, how far they are, and what is next; nothing is written.
+
+    Raises:
+        UpcycleError: the recipe is wrong, or the output is that of another one.
+    """
+    rounds = _Rounds(_parsed(recipe), _silent, SILENT)
+    return rounds.result(time.monotonic(), stopped=False)
+
+
+def _parsed(recipe: RoundsRecipe | Mapping[str, Any] | str | Path) -> RoundsRecipe:
+    if isinstance(recipe, (str, Path)):
+        return read_rounds_recipe(Path(recipe))
+    return recipe if isinstance(recipe, RoundsRecipe) else parse_rounds_recipe(dict(recipe), "recipe")
+
+
+class _Rounds:
+    def __init__(self, recipe: RoundsRecipe, say: Callable[[str], None], progress: Progress) -> None:
+        self.recipe, self.say, self.progress = recipe, say, progress
+        self.steps = plan_rounds(recipe)
+        self.seed = locate(recipe.source).path
+        self.folder = real_path(recipe.output)
+        check_apart(self.folder, self.seed, "the seed", inside=True)
+        self.record = ForestRecord(self.folder, self.seed)
+
+    def run(self, nproc: int | None, restart: bool) -> RoundsResult:
+        started = time.monotonic()
+        lock = FolderLock(self.folder, f"another upcycle grow is writing {self.folder}")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except OSError as fault:
+            raise cannot_write(self.folder, fault) from None
+        try:
+            if restart:
+                self.record.begin_again(self.steps)
+            done = [self.record.done(step) for step in self.steps]  # a change of a step that is done is refused at once
+            self._check_data()
+            self.record.write()
+            write_text_whole(self.folder / RECIPE_FILE, self.recipe.dump())
+            if self.record.losses(SEED_STEP) is None:
+                began = time.monotonic()
+                self.record.keep(None, self._measured(self.seed, held_out_data(self.recipe)), time.monotonic() - began)
+            for step, finished in zip(self.steps, done, strict=True):
+                if not finished:
+                    self.say(f"next: {step.name}: {_does(step)}")
+                    if not self._carry_out(step, nproc):
+                        return self.result(started, stopped=True)
+        finally:
+            lock.release()
+        return self.result(started, stopped=False)
+
+    def result(self, started: float, stopped: bool) -> RoundsResult:
+        """What is shown of all steps."""
+        shown: list[StepShown] = []
+        left = False
+        for step in self.steps:
+            finished = not left and self.record.done(step)
+            state: State = "done" if finished else "waiting" if left else "next"
+            left = left or not finished
+            losses = self.record.losses(step.name) if finished else None
+            shown.append(StepShown(step.name, _does(step), state, str(step.model), losses))
+        return RoundsResult(
+            output=str(self.folder),
+            stopped=stopped,
+            seed=self.record.losses(SEED_STEP),
+            steps=shown,
+            model=None if left else str(self.steps[-1].model),
+            seconds=time.monotonic() - started,
+        )
+
+    def _check_data(self) -> None:
+        """Read the text of all domains, so that a broken line of a late round is refused before the first."""
+        lengths = {step.recipe.length for step in self.steps if isinstance(step.recipe, TrainRecipe)}
+        for length in sorted(lengths):
+            check_data(held_out_data(self.recipe), tokenizer_of(self.seed), length, self.say)
+
+    def _carry_out(self, step: RoundStep, nproc: int | None) -> bool:
+        """Do one step, measure its model, and record it; returns false where a signal stopped it."""
+        began, again = time.monotonic(), self.record.restarts(step)
+        if isinstance(step.recipe, TrainRecipe):
+            if not self._train(step, step.recipe, nproc, again):
+                return False
+        else:
+            step.folder.parent.mkdir(parents=True, exist_ok=True)
+            run_recipe(step.recipe, step.folder, overwrite=True, restart=again, progress=self.progress)
+        part = "tuning" if step.name == "tuned" else "training"
+        data = held_out_data(self.recipe, part)
+        chosen = [domain for domain in data.domains if domain.name in step.domains]
+        losses = {}
+        if step.model.name != "adapter":
+            losses = self._measured(step.model, data.model_copy(update={"domains": chosen}))
+        self.record.keep(step, losses, time.monotonic() - began)
+        held_out = ", ".join(f"{name} {nats:.4f}" for name, nats in losses.items())
+        self.say(f"done: {step.name}" + (f"; held out: {held_out}" if held_out else ""))
+        return True
+
+    def _train(self, step: RoundStep, recipe: TrainRecipe, nproc: int | None, again: bool) -> bool:
+        if nproc is None:
+            return not train(recipe, self.say, restart=again).stopped
+        step.folder.parent.mkdir(parents=True, exist_ok=True)
+        file = step.folder.with_name(f"{step.folder.name}.yaml")
+        write_text_whole(file, recipe.dump())
+        code = launch_ranks(["train", str(file), *(["--restart"] if again else [])], nproc)
+        if code not in (0, INTERRUPTED):
+            raise UpcycleError(
+                f"{step.name}: training on {nproc} ranks ended with exit code {code}; its error stands above",
+                hint=f"mend it and run the same command again; this step alone: upcycle train {file} --nproc {nproc}",
+            )
+        return code == 0
+
+    def _measured(self, folder: Path, data: DataRecipe) -> dict[str, float]:
+        """Held-out losses of a model, in nats per token; empty where nothing is held out."""
+        recipes = [step.recipe for step in self.steps if isinstance(step.recipe, TrainRecipe)]
+        held_out = open_validation(data, tokenizer_of(folder), length=recipes[0].length)
+        if not held_out:
+            return {}
+        with process_group(recipes[0].timeout) as ranks:
+            model = load_model(folder, torch.float32, ranks.device, experts="auto", training=True).requires_grad_(False)
+            losses = validate(model, held_out, ranks)
+            del model
+        gc.collect()
+        return losses
+
+
+def _does(step: RoundStep) -> str:
+    """A few words on what a step does."""
+    if isinstance(step.recipe, TrainRecipe):
+        steps = sum(map(step.recipe.steps_of, step.recipe.stages))
+        return f"train {step.reads[0]} on {', '.join(step.domains)}, {steps:,} steps"
+    models = len(step.reads) - 1
+    how = "by posteriors" if step.recipe.calibration.texts and step.recipe.method == "branch_train_merge" else ""
+    return " ".join(filter(None, [step.recipe.method, f"of {models} models", how]))
