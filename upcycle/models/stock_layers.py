@@ -121,9 +121,10 @@ class FolderLayers:
         return set(report.missing_keys)
 
     def _tensor(self, name: str) -> torch.Tensor:
-        """Return a tensor in fp32; where it is stored in FP8, transformers multiplies it by its scales."""
+        """Return a tensor, which transformers casts; where it is stored in FP8, it multiplies it by its scales."""
         if not isinstance(self._store, BlockFp8Folder):
-            return self._store.read(name).float()
+            value = self._store.read(name)
+            return value.float() if self._dtype == torch.float32 else value
         from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
         values, scales = self._store.stored(name)

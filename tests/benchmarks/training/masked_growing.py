@@ -97,8 +97,8 @@ def main() -> int:
     ]
     start, (half, middle), end = dense[0][1], dense[1], dense[-1][1]
     lines = [
-        f"{steps * LENGTH * BATCH:,} tokens of prose and code; mean loss in nats per token. Masks rise over the first half, or are gone "
-        "after the first step.",
+        f"{steps * LENGTH * BATCH:,} tokens of prose and code; mean loss in nats per token. Masks rise over the first half, or are "
+        "gone after the first step.",
         "",
         f"| growth | parameters | at the start | after {half:,}, masked | at the end, masked | at the end, at once |",
         "|---|---:|---:|---:|---:|---:|",
