@@ -64,9 +64,9 @@ def test_four_ranks_give_the_curve_of_one(launcher: str, pico_moe: Model, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_teacher_divided_among_four_ranks(pico_moe: Model, pico: Model, tmp_path: Path) -> None:
+def test_a_teacher_divided_among_four_ranks(pico_moe: Model, dense_maker: Callable[..., Path], tmp_path: Path) -> None:
     """With its distributions cached, too: ranks run it together, whichever of them lacks a row."""
-    told = {"parent": str(pico("llama")), "logits": 1.0}
+    told = {"parent": str(dense_maker(tmp_path / "dense", "llama", num_hidden_layers=2)), "logits": 1.0}
     live = recipe_for(
         pico_moe("mixtral"), tmp_path / "one", micro_batch=1, stage={"distillation": {**told, "hidden": 0.5}}
     )
