@@ -135,7 +135,7 @@ def test_it_is_verified_planned_and_refused_until_it_was_trained(pico: Pico, tmp
     with pytest.raises(UsageError, match="was grown by masked_growth, and its new parts are random"):
         upcycle.convert(str(out), tmp_path / "moe", experts=2, top_k=1, **UNCHECKED)
     with pytest.raises(UsageError, match="was grown by masked_growth"):
-        upcycle.evaluate(str(out), text="demo", tokens=64)
+        upcycle.evaluate(str(out), text="prose", tokens=64)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_training_begins_with_the_sources_loss_and_ends_with_a_stock_model(pico:
     model = Path(str(result.model))
     assert not (model / "growth.json").exists()
     assert AutoModelForCausalLM.from_pretrained(model).config.hidden_size == 48
-    upcycle.evaluate(str(model), text="demo", tokens=64)  # it is refused no more
+    upcycle.evaluate(str(model), text="prose", tokens=64)  # it is refused no more
 
 
 @pytest.mark.parametrize(
