@@ -21,6 +21,7 @@ METHODS = {
     "static_prune": "upcycle.methods.compressing.inside.static_prune:StaticPrune",
     "modegpt": "upcycle.methods.compressing.inside.modegpt:ModeGpt",
     "depth_stack": "upcycle.methods.growing.depth_stack:DepthStack",
+    "masked_growth": "upcycle.methods.growing.masked_growth:MaskedGrowth",
     "frequency": "upcycle.methods.compressing.dropping.frequency:Frequency",
     "reap": "upcycle.methods.compressing.dropping.reap:Reap",
     "naee": "upcycle.methods.compressing.dropping.naee:Naee",

@@ -91,6 +91,11 @@ def export(
             f"{saved.folder} holds an adapter, and not a whole model",
             hint="the run writes it into RUN/adapter at its end; merge it: upcycle merge RUN/adapter OUT",
         )
+    if saved.state.get("unmasked", 1.0) < 1:
+        raise UsageError(
+            f"{saved.folder}: {saved.state['unmasked']:.0%} of the masks of a grown model are gone: it is no stock model yet",
+            hint="continue the run until its masks are gone",
+        )
     stored = read_json(saved.folder / STORED_FILE)
     kept = {"dtype": stored["dtype"], "layout": stored["layout"]}
     dtype = kept["dtype"] if dtype == "keep" else dtype

@@ -15,6 +15,7 @@ from upcycle.files.formats.tensor_files import SafetensorsFile
 from upcycle.files.hashing import hash_file
 from upcycle.trainers.checkpoints.whole_tensors import WholeTensors
 from upcycle.trainers.checkpoints.write import STATE_FILE, finished
+from upcycle.trainers.distributed.gathering import gathered
 
 
 @dataclass(frozen=True)
@@ -108,14 +109,8 @@ class SavedRun:
 
 def _overwrite(part: torch.Tensor, value: torch.Tensor) -> None:
     """Copy ``value`` into a weight that the stock class lacks, so that loading the model did not set it."""
-    if hasattr(part, "ds_id"):
-        from deepspeed.runtime.zero import GatheredParameters
-
-        with GatheredParameters([part], modifier_rank=0), torch.no_grad():
-            part.copy_(value)
-    else:
-        with torch.no_grad():
-            part.copy_(value)
+    with gathered(part, modifier=0), torch.no_grad():
+        part.copy_(value)
 
 
 def open_checkpoint(folder: Path) -> SavedRun:

@@ -7,7 +7,6 @@ under another division and on another number of ranks. E experts, F intermediate
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import distributed, nn
 from upcycle.adapters.live import adapter_of
 from upcycle.registry import load
 from upcycle.trainers.distributed import expert_parallel
+from upcycle.trainers.distributed.gathering import gathered, shape_of
 from upcycle.trainers.routing.router_control import NOISE_WEIGHT
 
 
@@ -54,7 +54,7 @@ class WholeTensors:
 
     def shape(self, tensor: StockTensor) -> tuple[int, ...]:
         """The whole tensor's shape."""
-        shapes = [tuple(getattr(part, "ds_shape", part.shape)) for part in tensor.parts]
+        shapes = [shape_of(part) for part in tensor.parts]
         if not tensor.divided:
             return shapes[0]
         experts, _, *rest = shapes[0]
@@ -127,8 +127,8 @@ class WholeTensors:
 
         if _is_mapped(part) and part.requires_grad:
             full: torch.Tensor = safe_get_full_fp32_param(part)
-            return full.view(getattr(part, "ds_shape", part.shape))
-        with _gathered(part):
+            return full.view(shape_of(part))
+        with gathered(part):
             return part.detach().clone()
 
     def _state(self, part: torch.Tensor, key: str) -> torch.Tensor:
@@ -139,7 +139,7 @@ class WholeTensors:
             # No gradient ever reached it, as of routers whose experts always weigh 1, so that the optimizer never saw it.
             return torch.zeros_like(part, dtype=torch.float32) if state is None else state
         full: torch.Tensor = safe_get_full_optimizer_state(part, key)
-        return full.view(getattr(part, "ds_shape", part.shape))
+        return full.view(shape_of(part))
 
     def _joined(self, tensor: StockTensor, parts: list[torch.Tensor]) -> torch.Tensor:
         mine = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -206,15 +206,3 @@ def _masters(optimizer: Any) -> list[torch.Tensor]:
         if hasattr(optimizer, name):
             return list(getattr(optimizer, name))
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-@contextmanager
-def _gathered(part: torch.Tensor) -> Iterator[None]:
-    """Within this block, a weight that ZeRO-3 divides is whole on every rank."""
-    if not hasattr(part, "ds_id"):
-        yield
-        return
-    from deepspeed.runtime.zero import GatheredParameters
-
-    with GatheredParameters([part]):
-        yield

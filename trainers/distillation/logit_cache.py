@@ -76,23 +76,34 @@ class LogitCache:
         self.folder, self.top_p, self.most = folder, top_p, most
         self.read = self.written = 0
 
-    def targets(self, batch: PackedBatch, run: Callable[[PackedBatch], torch.Tensor]) -> TopLogits:
+    def targets(
+        self,
+        batch: PackedBatch,
+        run: Callable[[PackedBatch], torch.Tensor],
+        anywhere: Callable[[bool], bool] = bool,
+    ) -> TopLogits:
         """The parent's distributions at all positions of a batch but each row's last, row after row.
 
         Args:
             batch: rows of packed documents.
             run: the parent's logits ``[1, L, V]`` of a batch of one row; called for rows that are missing. Rows are run one by one,
                 so that what is kept does not depend on the rows beside them.
+            anywhere: whether a row is missing on any rank, given whether it is missing here: the row is run then. Ranks that share
+                a parent's weights must run it together.
 
         Raises:
             CheckpointError: a file of the cache is damaged.
             EnvironmentFault: a row cannot be written.
         """
-        return joined_rows([self._row(_one(batch, row), run) for row in range(len(batch.ids))])
+        return joined_rows([self._row(_one(batch, row), run, anywhere) for row in range(len(batch.ids))])
 
-    def _row(self, row: PackedBatch, run: Callable[[PackedBatch], torch.Tensor]) -> TopLogits:
+    def _row(
+        self, row: PackedBatch, run: Callable[[PackedBatch], torch.Tensor], anywhere: Callable[[bool], bool]
+    ) -> TopLogits:
         path = self._path(row)
-        if path.is_file():
+        there = path.is_file()
+        logits = run(row) if anywhere(not there) else None
+        if there:
             self.read += 1
             found = TopLogits.load(path)
             if len(found.tokens) != row.ids.shape[1] - 1:
@@ -100,7 +111,8 @@ class LogitCache:
                     f"{path} holds another number of positions than its row", hint="remove it, and it is made again"
                 )
             return found
-        made = TopLogits.of(run(row)[0, :-1], self.top_p, self.most)
+        assert logits is not None
+        made = TopLogits.of(logits[0, :-1], self.top_p, self.most)
         try:
             path.parent.mkdir(exist_ok=True)
             write_whole(path, made.save)

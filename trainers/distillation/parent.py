@@ -24,10 +24,18 @@ class Parent:
         load: loads the model. Called at once, or, with a cache, when a row is first found missing from it.
         recipe: which of its outputs the student is to match, and how much each counts.
         cache: its next-token distributions on disk, if they are kept.
+        anywhere: tells whether something that is so here, or not, is so on any rank that the parent's weights are divided among;
+            these must run it together.
     """
 
-    def __init__(self, load: Callable[[], Any], recipe: DistillationRecipe, cache: LogitCache | None = None) -> None:
-        self._load, self.recipe, self.cache = load, recipe, cache
+    def __init__(
+        self,
+        load: Callable[[], Any],
+        recipe: DistillationRecipe,
+        cache: LogitCache | None = None,
+        anywhere: Callable[[bool], bool] = bool,
+    ) -> None:
+        self._load, self.recipe, self.cache, self._anywhere = load, recipe, cache, anywhere
         self._model: Any = None
         matches_layers = recipe.hidden > 0 or recipe.ffn > 0
         self.outputs: Recorder[OutputRecord] | None = capture_outputs(self.model) if matches_layers else None
@@ -56,5 +64,5 @@ class Parent:
     def targets(self, batch: PackedBatch) -> torch.Tensor | TopLogits:
         """What the student's logits are compared with: ``[B, L, V]``, or cached ones of all positions but the last."""
         if self.cache is not None:
-            return self.cache.targets(batch, self.logits)
+            return self.cache.targets(batch, self.logits, self._anywhere)
         return self.logits(batch)

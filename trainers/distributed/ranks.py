@@ -56,6 +56,10 @@ class Ranks:
         """The sum over ranks of each value, in fp64."""
         return self.total(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
 
+    def any(self, here: bool) -> bool:
+        """Whether something is so on any rank."""
+        return bool(self.maximum(here)[0])
+
     @property
     def reduction(self) -> Reduction:
         """What adds up the sums of auxiliary losses over ranks."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from upcycle.trainers.forecast.model_counts import Weight
+from upcycle.trainers.forecast.model_counts import ModelCounts, Weight
 from upcycle.trainers.forecast.ranks_planned import World
 from upcycle.trainers.forecast.zero_division import Division
 
@@ -79,7 +79,7 @@ class CommunicationForecast:
         return {**{kind: self.sent(kind) for kind in kinds}, "total": self.total}
 
 
-def forecast_communication(division: Division) -> CommunicationForecast:
+def forecast_communication(division: Division, parent: ModelCounts | None = None) -> CommunicationForecast:
     """What DeepSpeed sends: gradients, weights, and tokens to experts. Norms, counts and auxiliary losses are not counted.
 
     - Stage 0: gradients are summed once, ``b P``.
@@ -92,6 +92,7 @@ def forecast_communication(division: Division) -> CommunicationForecast:
       step. Gradients are scattered in every pass, ``A b P``.
     - Divided experts: the same among the ``N / e`` ranks that hold the same experts, and four all-to-alls of ``b K T D`` per layer
       and pass (to experts and back, forward and backward), two more where layers are recomputed, and two more for a survey.
+    - A dense ``parent`` in stage 3: its weights are gathered whenever it runs, once or twice a pass.
     """
     found: list[Traffic] = []
     for divided in (False, True):
@@ -104,6 +105,9 @@ def forecast_communication(division: Division) -> CommunicationForecast:
         rows = sum(layer.top_k for layer in division.counts.moe_layers) * division.tokens
         payload = division.passes * rounds * division.item * rows * division.counts.hidden
         found.append(Traffic("all_to_all", payload, division.expert_parallel))
+    if parent and division.divides_frozen:
+        times = division.passes * (1 + division.survey.parent)
+        found.append(Traffic("all_gather", times * division.parent_item * parent.elements, division.world_size))
     return CommunicationForecast(tuple(each for each in found if each.ranks > 1 and each.payload))
 
 

@@ -21,7 +21,8 @@ _UNDIVIDED_BUCKET = 500_000_000  # elements that DeepSpeed sums at once without 
 class MemoryForecast:
     """Estimated bytes on one rank's device, and in ``host`` those that offloading moves to the host's memory.
 
-    ``buffers`` are DeepSpeed's: :func:`bucket_bytes` and :func:`gathered_bytes`.
+    ``buffers`` are DeepSpeed's: :func:`bucket_bytes` and :func:`gathered_bytes`. ``loading`` are those that pass through the host's
+    memory before the first step: :func:`loading_bytes`.
     """
 
     weights: float
@@ -31,6 +32,7 @@ class MemoryForecast:
     activations: float
     parent: float
     host: float
+    loading: float = 0.0
 
     @property
     def total(self) -> float:
@@ -42,13 +44,12 @@ class MemoryForecast:
         return {**vars(self), "total": self.total}
 
 
-def forecast_memory(division: Division, parent: ModelCounts | None, stage_recipe: Any) -> MemoryForecast:
+def forecast_memory(division: Division, parent: ModelCounts | None) -> MemoryForecast:
     """The memory of a rank at its peak: with all gradients of a step, and all activations of a pass.
 
     Args:
         division: how the run is divided.
-        parent: the dense model to distil from, if any, which every rank holds whole.
-        stage_recipe: the stage of the recipe.
+        parent: the dense model to distil from, if any.
     """
     zero = division.recipe.zero
     weights, gradients, states = weight_bytes(division), gradient_bytes(division), optimizer_bytes(division)
@@ -60,17 +61,37 @@ def forecast_memory(division: Division, parent: ModelCounts | None, stage_recipe
     if division.zero_stage == 3 and zero.offload_weights:
         kept = division.item * sum(w.elements for w in division.counts.weights if division.persistent(w))
         host, weights = host + weights - kept, kept
-    dtype = stage_recipe.distillation.dtype if stage_recipe.distillation else "auto"
-    size = _FULL if dtype == "float32" or (dtype == "auto" and division.item == _FULL) else 2
     return MemoryForecast(
         weights=weights,
         gradients=gradients,
         optimizer=states,
         buffers=bucket_bytes(division) + gathered_bytes(division),
-        activations=activation_bytes(division) + (_parent_logits(division, size) if parent else 0.0),
-        parent=size * parent.elements if parent else 0.0,
+        activations=activation_bytes(division) + (_parent_logits(division) if parent else 0.0),
+        parent=parent_bytes(division, parent) if parent else 0.0,
         host=host,
+        loading=loading_bytes(division, parent),
     )
+
+
+def parent_bytes(division: Division, parent: ModelCounts) -> float:
+    """The parent's weights: all of them below stage 3; there a rank's part of them, and the largest that it gathers while it runs."""
+    if not division.divides_frozen:
+        return float(division.parent_item * parent.elements)
+    return division.parent_item * (parent.elements / division.world_size + parent.largest_part)
+
+
+def loading_bytes(division: Division, parent: ModelCounts | None) -> float:
+    """Weights that a rank holds whole in the host's memory while it loads: below stage 3 the whole model, and then the whole parent.
+
+    In stage 3, the first rank reads one layer after another, and every rank keeps its part, so that it is the largest layer.
+    """
+    student, teacher = division.counts.elements, parent.elements if parent else 0
+    if division.zero_stage == 3:
+        student = division.counts.largest_part
+    if division.divides_frozen:
+        teacher = parent.largest_part if parent else 0
+        return float(max(division.item * student, division.parent_item * teacher))
+    return float(division.item * student + division.parent_item * teacher)
 
 
 def weight_bytes(division: Division) -> float:
@@ -187,6 +208,6 @@ def expert_bytes(division: Division, layer: LayerCounts) -> float:
     return division.item * (copies * rows * division.counts.hidden + 4 * inside)
 
 
-def _parent_logits(division: Division, size: int) -> float:
+def _parent_logits(division: Division) -> float:
     """The parent's logits, and in fp32 both models' log-probabilities and what the KL makes of them: ``(b + 16) T V``."""
-    return (size + 4 * _FULL) * division.tokens * division.counts.vocabulary
+    return (division.parent_item + 4 * _FULL) * division.tokens * division.counts.vocabulary

@@ -22,7 +22,7 @@ from upcycle.trainers.routing.stock_routers import moe_layers
 class Weight:
     """One parameter: how many elements it has, its part of the model, whether it trains, and the module it is fetched with.
 
-    Parameters with the same ``fetched_with`` are gathered together by ZeRO-3.
+    Parameters with the same ``fetched_with`` are gathered together by ZeRO-3. ``layer``: the decoder layer that it is in, if any.
     """
 
     name: str
@@ -30,6 +30,7 @@ class Weight:
     part: ParameterPart
     trained: bool
     fetched_with: str
+    layer: int | None = None
 
     @property
     def divided(self) -> bool:
@@ -78,6 +79,15 @@ class ModelCounts:
         return sum(weight.elements for weight in self.weights)
 
     @property
+    def largest_part(self) -> int:
+        """Elements of the largest decoder layer, or of the largest weight outside the layers, if that has more."""
+        sizes: dict[int | str, int] = {}
+        for weight in self.weights:
+            key = weight.name if weight.layer is None else weight.layer
+            sizes[key] = sizes.get(key, 0) + weight.elements
+        return max(sizes.values(), default=0)
+
+    @property
     def active(self) -> int:
         """Number of parameters that one token uses."""
         idle = sum(3 * (layer.experts - layer.top_k) * layer.width * self.hidden for layer in self.layers)
@@ -117,6 +127,7 @@ def count_model(
     belongs = parts(model)
     blocks = {id(layer.block) for layer in moe_layers(model)}
     leaves = [f"{name}." for name, module in model.named_modules() if id(module) in blocks]
+    paths = module_paths_of(model.config)
     weights = tuple(
         Weight(
             name,
@@ -124,6 +135,7 @@ def count_model(
             belongs[name],
             parameter.requires_grad,
             next((leaf for leaf in leaves if name.startswith(leaf)), name.rpartition(".")[0]),
+            paths.layer_of(name),
         )
         for name, parameter in model.named_parameters()
     )

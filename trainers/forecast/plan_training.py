@@ -253,8 +253,8 @@ def _option(
     found = []
     for stage, counts, parent in stages:
         division = Division(recipe, counts, world.size, zero, size, stage)
-        communication = forecast_communication(division)
-        memory = forecast_memory(division, parent, stage)
+        communication = forecast_communication(division, parent)
+        memory = forecast_memory(division, parent)
         found.append((memory, communication, forecast_speed(division, world, communication, parent)))
     memory = max((each[0] for each in found), key=lambda each: each.total)
     slowest = min(found, key=lambda each: each[2].bound)

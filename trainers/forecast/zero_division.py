@@ -82,6 +82,18 @@ class Division:
         return sum(weight.elements for weight in weights) / self.world_size
 
     @property
+    def parent_item(self) -> int:
+        """Bytes per element of the dense parent that the stage is distilled from, if it is."""
+        distillation = (self.stage or self.recipe.stages[0]).distillation
+        dtype = distillation.dtype if distillation else "auto"
+        return self.item if dtype == "auto" else ELEMENTS[dtype]
+
+    @property
+    def divides_frozen(self) -> bool:
+        """Whether ranks hold parts of models that do not train, too: they gather one layer at a time."""
+        return self.zero_stage == 3 and self.world_size > 1
+
+    @property
     def trained(self) -> list[Weight]:
         """The weights that train."""
         return [weight for weight in self.counts.weights if weight.trained]

@@ -13,6 +13,7 @@ from torch import nn
 
 from upcycle.adapters.live import adapter_of, parameter_of
 from upcycle.errors import UsageError
+from upcycle.trainers.distributed.gathering import shape_of
 from upcycle.trainers.recipe.part_recipes import GroupParameters
 from upcycle.trainers.routing.stock_routers import find_routers, moe_layers, read_by_text, selection_bias
 
@@ -53,7 +54,7 @@ def frozen_parts(model: nn.Module) -> str | None:
     others = other_parts(model)
     if not others:
         return None
-    count = sum(math.prod(getattr(weight, "ds_shape", weight.shape)) for _, weight in others)
+    count = sum(math.prod(shape_of(weight)) for _, weight in others)
     listed = ", ".join(sorted({name.removeprefix("model.").partition(".")[0] for name, _ in others}))
     return f"the data are text: the text model trains, and {listed} ({count:,} parameters) stay as they are"
 
@@ -107,7 +108,7 @@ def groups(model: nn.Module, parameters: GroupParameters) -> list[dict[str, Any]
     members: dict[tuple[ParameterPart, bool], list[torch.Tensor]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            members[belongs[name], parameter.ndim > 1].append(parameter)
+            members[belongs[name], len(shape_of(parameter)) > 1].append(parameter)
     made = []
     for part in PARTS:
         for matrices in (True, False):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from upcycle.files import records
 from upcycle.files.formats.parsing import read_json
+from upcycle.trainers.distributed.gathering import gathered, shape_of
 from upcycle.trainers.optimizing.parameter_groups import parts
 from upcycle.trainers.recipe.part_recipes import GroupParameters
 
@@ -24,7 +26,7 @@ def router_warning(model: nn.Module, rates: GroupParameters, origin: Path) -> st
     small. AdamW's steps are as large as the learning rate, whatever the size of a weight.
 
     Args:
-        model: the model, with ``requires_grad`` set on what trains.
+        model: the model, with ``requires_grad`` set on what trains; where its weights are divided, all ranks call this together.
         rates: the stage's.
         origin: the folder that the run starts from, with or without the record of a conversion.
     """
@@ -34,11 +36,13 @@ def router_warning(model: nn.Module, rates: GroupParameters, origin: Path) -> st
     router = (read_json(record).get("router") or {}).get("name")
     belongs = parts(model)
     learning = [
-        p for name, p in model.named_parameters() if belongs[name] == "router" and p.ndim > 1 and p.requires_grad
+        p
+        for name, p in model.named_parameters()
+        if belongs[name] == "router" and len(shape_of(p)) > 1 and p.requires_grad
     ]
     if router is None or router in UNTAUGHT or not learning:
         return None
-    size = math.sqrt(sum(float(weight.detach().float().square().mean()) for weight in learning) / len(learning))
+    size = math.sqrt(sum(map(_mean_square, learning)) / len(learning))
     step = rates.learning_rate * rates.router
     if not size or step <= LARGE_STEP * size:
         return None
@@ -47,3 +51,8 @@ def router_warning(model: nn.Module, rates: GroupParameters, origin: Path) -> st
         f"the routers' weights are about {size:.1g}, and a step changes each by up to {step:.1g}: what the conversion taught them "
         f"('{router}') is lost at once; to keep it, set the stage's rates: {{router: {factor:g}}}, or train: [experts, rest]"
     )
+
+
+def _mean_square(weight: torch.Tensor) -> float:
+    with gathered(weight):
+        return float(weight.detach().float().square().mean())

@@ -186,6 +186,12 @@ class ExpertTargetParameters(PluginParameters):
         return [name for name in ("prior_approximate", "prior_balance", "output_norms") if getattr(self, name)]
 
 
+class MaskParameters(PluginParameters):
+    """How what is new in a grown model is unmasked."""
+
+    steps: int = Field(ge=1, description="optimizer steps over which the masks rise from 0 to 1, in a straight line")
+
+
 class GroupParameters(PluginParameters):
     """Learning rates and weight decay of the parts of a model."""
 

@@ -23,6 +23,7 @@ from upcycle.trainers.recipe.part_recipes import (
     DistillationParameters,
     ExpertTargetParameters,
     GroupParameters,
+    MaskParameters,
 )
 from upcycle.trainers.recipe.schedules import PRESETS, Schedule, preset
 
@@ -166,6 +167,9 @@ class StageRecipe(StrictSettings):
     control: ControlParameters = Field(
         default=ControlParameters(),
         description="noise, jitter, normalised logits, random second experts, and capacity",
+    )
+    masks: MaskParameters | None = Field(
+        None, description="unmask what is new in a model that masked_growth made; in the first stage alone"
     )
     distillation: DistillationRecipe | None = Field(None, description="distillation from the dense parent")
     activation: str | None = Field(

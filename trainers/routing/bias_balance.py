@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from upcycle.errors import UsageError
+from upcycle.trainers.distributed.gathering import gathered
 from upcycle.trainers.distributed.reduction import ALONE, Reduction, counted
 from upcycle.trainers.recipe.part_recipes import BiasBalanceParameters
 from upcycle.trainers.routing.router_records import RouterRecord
@@ -30,7 +31,10 @@ class BiasBalance:
             UsageError: it has no MoE layer, or its architecture has no such bias.
         """
         self.parameters, self._layers = parameters, require_moe_layers(model)
-        self._biases = {layer.index: _bias(layer).detach().float().flatten().clone() for layer in self._layers}
+        self._biases: dict[int, torch.Tensor] = {}
+        for layer in self._layers:
+            if not _bias(layer).is_meta:  # a model that is to be divided has no weights yet
+                self._kept(layer)
         self._counts: dict[int, torch.Tensor] = {}
 
     def observe(self, records: Sequence[RouterRecord], mask: torch.Tensor | None = None) -> None:
@@ -47,7 +51,7 @@ class BiasBalance:
         layers = [layer for layer in self._layers if layer.index in self._counts]
         stacked = reduction.total(torch.stack([self._counts[layer.index] for layer in layers]))
         for layer, load in zip(layers, stacked, strict=True):
-            bias = self._biases[layer.index].to(load.device)
+            bias = self._kept(layer).to(load.device)
             bias = bias + self.parameters.rate * torch.sign(load.mean() - load).float()
             self._biases[layer.index] = bias
             _write(layer, bias)
@@ -55,7 +59,7 @@ class BiasBalance:
 
     def state(self) -> dict[str, list[float]]:
         """The biases in fp32, by layer, as JSON."""
-        return {str(layer): bias.tolist() for layer, bias in self._biases.items()}
+        return {str(layer.index): self._kept(layer).tolist() for layer in self._layers}
 
     def load_state(self, state: dict[str, list[float]]) -> None:
         """Continue from :meth:`state`, and give the model its biases back."""
@@ -63,6 +67,13 @@ class BiasBalance:
             bias = torch.tensor(state[str(layer.index)])
             self._biases[layer.index] = bias
             _write(layer, bias)
+
+    def _kept(self, layer: MoeLayer) -> torch.Tensor:
+        if layer.index not in self._biases:
+            own = _bias(layer)
+            with gathered(own):
+                self._biases[layer.index] = own.detach().float().flatten().clone()
+        return self._biases[layer.index]
 
 
 def _bias(layer: MoeLayer) -> torch.Tensor:

@@ -271,11 +271,14 @@ def _asked(router: nn.Module) -> tuple[nn.Module, RoutingRule] | None:
     if matrix is None or not isinstance(top_k, int):
         return None
     experts = matrix.shape[0]
-    if matrix.is_meta:  # of a plan, which counts alone
-        return router, RoutingRule("softmax", experts, top_k)
     draw = torch.Generator().manual_seed(0)
-    copy = deepcopy(router).float().cpu().eval()
+    copy = deepcopy(router).float().eval()
+    # A plan has no weights, and a run that divides them has none yet: any will do.
+    copy = copy.to_empty(device="cpu") if matrix.is_meta else copy.cpu()
     with torch.no_grad():
+        if matrix.is_meta:
+            for value in (*copy.parameters(), *copy.buffers()):
+                value.zero_()
         for weight in copy.parameters():
             if weight.dim() == 2:
                 weight.copy_(torch.randn(weight.shape, generator=draw))

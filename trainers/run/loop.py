@@ -55,6 +55,7 @@ from upcycle.trainers.run.run_progress import RunProgress
 from upcycle.trainers.run.run_start import agreed_checkpoint, check_model, check_room, check_shared, explained_writes
 from upcycle.trainers.run.stage import Stage, check_objective
 from upcycle.trainers.run.step_result import StepResult
+from upcycle.trainers.run.unmasking import check_masks
 from upcycle.trainers.run.validation import on_device, validate
 
 # of all experts of a layer: stacked as stock classes have them, or packed as upcycle's own has
@@ -141,6 +142,7 @@ class _Run:
         """Read all data and find all parents, of later stages too, so that what is missing is refused before the first step."""
         checked: list[tuple[DataRecipe, list[str]]] = []
         every = [stage.data or self.recipe.data for stage in self.recipe.stages]
+        check_masks(self.recipe, self.origin)
         self.template = kept_template(self.tokenizer, (data.chat_template for data in every))
         masks = predicts_masked(self.origin)
         for stage in self.recipe.stages:
@@ -250,6 +252,7 @@ class _Run:
     def _steps(self, index: int, stage: Stage, done: int) -> None:
         progress = self.progress
         progress.describe(stage, done)
+        stage.unmask(done)
         if not done:
             self._first_validation(stage)
         for number in range(done, stage.steps):
@@ -261,6 +264,7 @@ class _Run:
             batches = [on_device(stage.stream.next_batch(), self.ranks.device) for _ in range(stage.passes)]
             result = stage.stepper.step(stage.engine, batches, number / stage.steps)
             progress.count_step(result)
+            stage.unmask(number + 1)
             seconds = time.perf_counter() - started
             progress.report_step(stage, result, rate, seconds, self.peak, self.ranks.device)
             self._check_finite(result, batches)
@@ -283,7 +287,7 @@ class _Run:
         parent = reference_parent(stage.stage_recipe.data or self.recipe.data, self.origin)
         if parent and stage.stream.lacks_reference:
             dtype = getattr(torch, self.recipe.dtype)
-            losses = reference_losses(parent, stage.model, stage.held_out, dtype, self.ranks)
+            losses = reference_losses(parent, stage.model, stage.held_out, dtype, self.ranks, stage.divides)
             stage.stream.refer_to(losses)
             self.progress.report_reference(losses)
         if stage.held_out and self.recipe.log.validation:

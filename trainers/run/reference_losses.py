@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from upcycle.models.load import load_model
 from upcycle.trainers.checkpoints.prepare_model import check_parent, parent_folder
 from upcycle.trainers.data.packing import PackedBatch
+from upcycle.trainers.distillation.frozen_shards import load_parent
 from upcycle.trainers.distributed.ranks import Ranks
 from upcycle.trainers.recipe.data_recipe import DataRecipe
 from upcycle.trainers.run.validation import validate
@@ -33,7 +33,12 @@ def reference_parent(data: DataRecipe, origin: Path) -> Path | None:
 
 
 def reference_losses(
-    folder: Path, student: Any, held_out: Mapping[str, Sequence[PackedBatch]], dtype: torch.dtype, ranks: Ranks
+    folder: Path,
+    student: Any,
+    held_out: Mapping[str, Sequence[PackedBatch]],
+    dtype: torch.dtype,
+    ranks: Ranks,
+    divides: bool = False,
 ) -> dict[str, float]:
     """The parent's mean next-token loss of every domain, in nats per target. It is in memory only while this runs.
 
@@ -43,11 +48,12 @@ def reference_losses(
         held_out: the domains' validation batches, on which the student's losses are measured, too.
         dtype: what the parent computes in.
         ranks: all of them; each runs a part of the batches.
+        divides: whether the parent's weights are divided among them.
 
     Raises:
         UpcycleError: the parent cannot be loaded, or has other tokens.
     """
-    parent = load_model(folder, dtype, ranks.device, experts="auto", training=True).requires_grad_(False)
+    parent = load_parent(folder, dtype, ranks, divides)
     check_parent(
         parent, student, folder, max((batch.ids.shape[1] for part in held_out.values() for batch in part), default=0)
     )

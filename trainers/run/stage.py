@@ -13,12 +13,13 @@ import torch
 from upcycle.adapters.live import adapter_of
 from upcycle.errors import UpcycleError, UsageError
 from upcycle.files.user_paths import user_path
-from upcycle.models.load import load_model
+from upcycle.models.load import load_model, open_layers
 from upcycle.models.own.factored_experts import FactoredExperts
 from upcycle.models.own.moe_block import PackedExperts
 from upcycle.trainers.adapting.peft_folder import description
 from upcycle.trainers.adapting.targets import add_adapter, unpaired_warning
 from upcycle.trainers.checkpoints.dense_states import DenseStates
+from upcycle.trainers.checkpoints.divided_loading import divide_weights, only_in_training
 from upcycle.trainers.checkpoints.prepare_model import (
     check_parent,
     parent_folder,
@@ -30,6 +31,7 @@ from upcycle.trainers.checkpoints.whole_tensors import WholeTensors
 from upcycle.trainers.data.batches import TokenStream, open_stream, open_validation
 from upcycle.trainers.data.packed_attention import check_fits, packing_leak
 from upcycle.trainers.distillation.expert_targets import recorded_scale
+from upcycle.trainers.distillation.frozen_shards import load_parent
 from upcycle.trainers.distillation.logit_cache import LogitCache, parent_identity, prepare_cache
 from upcycle.trainers.distillation.parent import Parent
 from upcycle.trainers.distributed import expert_parallel
@@ -44,6 +46,7 @@ from upcycle.trainers.routing.stock_routers import moe_layers, unread_warning, u
 from upcycle.trainers.run.deepspeed_config import deepspeed_config
 from upcycle.trainers.run.leaf_inputs import give_inputs_gradients
 from upcycle.trainers.run.step import Stepper
+from upcycle.trainers.run.unmasking import masks_of
 
 
 class Stage:
@@ -80,7 +83,11 @@ class Stage:
         dtype = getattr(torch, recipe.dtype)
         # The checkpoints of an adapter hold it alone.
         folder = saved.folder if saved and recipe.adapter is None else origin
-        self.model = load_model(folder, dtype, experts=recipe.experts, training=True)
+        three = recipe.zero_stage(ranks.world_size) == 3
+        self.divides = three and ranks.world_size > 1  # whether ranks hold parts of frozen models, too
+        # In ZeRO-3, no rank ever holds the whole model: weights are read, and divided, after all that needs their shapes alone.
+        layers = open_layers(folder, dtype, recipe.experts, left_out=only_in_training) if three else None
+        self.model = layers.model if layers else load_model(folder, dtype, experts=recipe.experts, training=True)
         self.masks = predicts_masked(origin)
         check_fits(self.model.config, tokenizer, recipe.length)
         data = stage_recipe.data or recipe.data
@@ -89,6 +96,7 @@ class Stage:
         leak = None if apart else packing_leak(self.model.config, recipe.micro_batch)
         checkpointing = recipe.activation_checkpointing
         prepare_model(self.model, checkpointing=checkpointing, activation=stage_recipe.activation, where=recipe.model)
+        self.growth = masks_of(recipe, stage_recipe, origin, self.model)
         self.stepper = Stepper(self.model, stage_recipe, ranks, self._parent(origin, ranks), recipe.clip)
         adapted = self._adapt(saved)
         divided = recipe.expert_parallel > 1
@@ -97,29 +105,7 @@ class Stage:
                 f"stage '{stage_recipe.name}': control changes what stock routers decide, and AutoEP replaces those",
                 hint="leave control out, or set expert_parallel: 1",
             )
-        distillation = stage_recipe.distillation
-        if distillation and distillation.taught and (divided or recipe.zero.stage == 3):
-            raise UsageError(
-                f"stage '{stage_recipe.name}': {distillation.taught[0]} runs every expert on every rank, and here a rank "
-                "holds only some of them",
-                hint="set expert_parallel: 1 and zero.stage below 3",
-            )
-        if (
-            distillation
-            and distillation.taught
-            and any(isinstance(m, PackedExperts | FactoredExperts) for m in self.model.modules())
-        ):
-            raise UsageError(
-                f"stage '{stage_recipe.name}': {distillation.taught[0]} asks every expert for its output, which upcycle_moe's packed "
-                "experts do not give one by one",
-                hint="distil logits, hidden or ffn, or convert to a stock target",
-            )
-        if distillation and distillation.taught and any(p.rule.constant is not None for p in moe_layers(self.model)):
-            raise UsageError(
-                f"stage '{stage_recipe.name}': {distillation.taught[0]} compares experts with pieces of the parent's FFN, on its "
-                f"inputs, and experts of a {self.model.config.model_type} model are scaled otherwise and may read another input",
-                hint="leave it out, or convert to another target",
-            )
+        self._check_taught(divided)
         if not divided:
             self.stepper.attach()
         self.trained = select(self.model, stage_recipe.train)
@@ -128,15 +114,17 @@ class Stage:
                 f"stage '{stage_recipe.name}': no expert trains, and below ZeRO's stage 3 DeepSpeed's AutoEP needs one that does",
                 hint="set expert_parallel: 1, or zero.stage: 3",
             )
+        self.flops = training_flops(self.model, recipe.length)
+        if three:
+            give_inputs_gradients(moe_layers(self.model))
+        if layers:
+            divide_weights(layers, deepspeed_config(recipe, self.model, ranks.world_size), ranks)
         # The warning is about AdamW, whose steps are as large as the learning rate; SGD's shrink with the gradient.
         lost = None if recipe.optimizer.name == "sgd" else router_warning(self.model, self.rates, origin)
         read = unread_warning(self.model), untaught_warning(self.model), adapted
         self.warnings = [
             text for text in (frozen_parts(self.model), leak, lost, self.stepper.control.unexported, *read) if text
         ]
-        self.flops = training_flops(self.model, recipe.length)
-        if recipe.zero_stage(ranks.world_size) == 3:
-            give_inputs_gradients(moe_layers(self.model))
         self.engine = self._engine(ranks)
         if divided:
             self.stepper.attach()
@@ -167,6 +155,7 @@ class Stage:
         balance, adapter = self.stepper.balance, self.recipe.adapter
         return {
             **({"adapter": description(self.model, adapter, self.recipe.model)} if adapter else {}),
+            **({"unmasked": self.growth.value} if self.growth else {}),
             "losses": {loss.name: loss.state() for loss in self.stepper.losses},
             "balance": balance.state() if balance else None,
             "data": self.stream.state(),
@@ -180,12 +169,41 @@ class Stage:
             self.stepper.balance.load_state(state["balance"])
         return self.stream.restore(state["data"])
 
+    def unmask(self, done: int) -> None:
+        """Set the masks of a grown model, if it has some, to what they are after ``done`` steps of the stage."""
+        if self.growth is not None and self.stage_recipe.masks is not None:
+            self.growth.at(done, self.stage_recipe.masks.steps)
+
     def close(self) -> None:
         """Free the model and the engine before the next stage makes its own."""
         self.stepper.detach()
         self.engine.destroy()
         del self.engine, self.tensors, self.model, self.stepper
         gc.collect()
+
+    def _check_taught(self, divided: bool) -> None:
+        """Refuse targets for single experts where a rank, or the architecture, does not hold them one by one."""
+        distillation = self.stage_recipe.distillation
+        if distillation is None or not distillation.taught:
+            return
+        if divided or self.recipe.zero.stage == 3:
+            raise UsageError(
+                f"stage '{self.stage_recipe.name}': {distillation.taught[0]} runs every expert on every rank, and here a rank "
+                "holds only some of them",
+                hint="set expert_parallel: 1 and zero.stage below 3",
+            )
+        if any(isinstance(m, PackedExperts | FactoredExperts) for m in self.model.modules()):
+            raise UsageError(
+                f"stage '{self.stage_recipe.name}': {distillation.taught[0]} asks every expert for its output, which "
+                "upcycle_moe's packed experts do not give one by one",
+                hint="distil logits, hidden or ffn, or convert to a stock target",
+            )
+        if any(p.rule.constant is not None for p in moe_layers(self.model)):
+            raise UsageError(
+                f"stage '{self.stage_recipe.name}': {distillation.taught[0]} compares experts with pieces of the parent's FFN, on its "
+                f"inputs, and experts of a {self.model.config.model_type} model are scaled otherwise and may read another input",
+                hint="leave it out, or convert to another target",
+            )
 
     def _adapt(self, saved: SavedRun | None) -> str | None:
         """Give the model the recipe's adapter, if it has one, as the checkpoint has it; returns a warning, if there is one."""
@@ -208,11 +226,12 @@ class Stage:
         dtype = self.recipe.dtype if distillation.dtype == "auto" else distillation.dtype
 
         def load() -> Any:
-            parent = load_model(folder, getattr(torch, dtype), ranks.device, experts="auto", training=True)
+            parent = load_parent(folder, getattr(torch, dtype), ranks, self.divides)
             check_parent(parent, self.model, folder, self.recipe.length)
             return parent
 
-        return Parent(load, distillation, self._cache(distillation, folder, dtype, ranks))
+        cache = self._cache(distillation, folder, dtype, ranks)
+        return Parent(load, distillation, cache, ranks.any if self.divides else bool)
 
     def _cache(self, recipe: DistillationRecipe, parent: Path, dtype: str, ranks: Ranks) -> LogitCache | None:
         if recipe.cache is None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from upcycle.architectures.dense.base import DenseConfig, Family
+from upcycle.architectures.dense.widened import refuse_masked
 from upcycle.architectures.module_paths import ModulePaths, find_module_paths
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.checkpoints.find_family import Tried, family_of
@@ -63,6 +64,7 @@ class Checkpoint:
 
     def _folder(self) -> TensorStore:
         """Return the tensors of the source's folder, with its adapter, if it has one."""
+        refuse_masked(self.source.path, self.source.name)
         stored = tensors_of(self.source.path, self.raw_config)
         if self.source.adapter is None:
             return stored

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from upcycle.architectures.dense.widened import GrownTensor
+from upcycle.architectures.tensor_origin import Origin
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.output_layout import OutputEntry, Unit
 from upcycle.conversion.job import TokensRead
@@ -80,9 +82,15 @@ class GrowthConversion(GrowthJob):
     def blocks(
         self, unit: Unit, checkpoint: Checkpoint, folder: Path, threads: int
     ) -> Iterator[tuple[OutputEntry, Iterator[torch.Tensor]]]:
-        """Yield every tensor of one unit as blocks of rows of the source's."""
+        """Yield every tensor of one unit as blocks of rows of the source's; one that grew as a whole."""
+        import torch
+
         for entry in unit.entries:
             assert entry.origin is not None
+            if isinstance(entry.origin, GrownTensor):
+                whole = torch.cat([*checkpoint.blocks(Origin(entry.origin.name), self.recipe.dtype)])
+                yield entry, iter([entry.origin.grown(entry.name, whole)])
+                continue
             yield entry, checkpoint.blocks(entry.origin, self.recipe.dtype)
 
     def finish(self, folder: Path) -> list[dict[str, Any]]:

@@ -16,11 +16,12 @@ from upcycle.conversion.growth_conversion import GrowthConversion
 from upcycle.conversion.job import TokensRead
 from upcycle.errors import CheckpointError, UsageError
 from upcycle.files.formats.parsing import read_json
+from upcycle.files.names import DECISION_FILE
 from upcycle.files.output.workspace import remove_parts
 from upcycle.methods.base import AnyMethod
 from upcycle.methods.compressing.inside.modegpt import ModeGpt, dense_of
 from upcycle.planning.cost import Plan
-from upcycle.planning.growth_job import DECISION_FILE, shards_of_grown
+from upcycle.planning.growth_job import shards_of_grown
 from upcycle.planning.job import check_text
 from upcycle.progress import Progress
 from upcycle.recipe.conversion_recipe import Recipe

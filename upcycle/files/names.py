@@ -10,6 +10,7 @@ from pathlib import Path
 from upcycle.errors import UsageError
 
 RECORD = "upcycle.json"
+DECISION_FILE = "growth.json"  # what a growth step decided
 TRAINED = "training.json"
 STATE = "state.json"
 MEASURED = "measured.jsonl"  # the measurements that decided merges

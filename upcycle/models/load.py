@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,14 +11,17 @@ import torch
 
 from upcycle.architectures import stock
 from upcycle.architectures.clean_settings import CONFIG, clean_file
+from upcycle.architectures.dense.widened import refuse_masked
 from upcycle.architectures.stock_auto import is_encoder, is_encoder_decoder
 from upcycle.errors import EnvironmentFault, UsageError
 from upcycle.files.formats.packed_folder import is_packed
 from upcycle.files.formats.tensor_files import SafetensorsFolder, read_config
+from upcycle.files.formats.tensor_names import is_block_fp8
 from upcycle.files.locate import locate
 from upcycle.hardware.memory import available_memory
 from upcycle.models.experts import use_experts
 from upcycle.models.first_calls import settle_code_paths
+from upcycle.models.stock_layers import FolderLayers
 
 _MOST_MEMORY = 0.9  # of what is available, for weights alone
 
@@ -49,7 +54,67 @@ def load_model(
     """
     settle_code_paths()
     path = source if isinstance(source, Path) else locate(source).path
+    _check_kind(path, source, training, encoder)
+    if path.is_file():
+        dtype = torch.float32
+    elif not training:
+        _check_memory(path, str(source), dtype)
+    wanted = "auto" if isinstance(dtype, str) else dtype
+    model = stock.load_stock_model(path, wanted, surplus=not (training or path.is_file()))
+    if device is not None:
+        model.to(device)
+    _make_ready(model, experts, training)
+    return model
+
+
+def open_layers(
+    source: Path,
+    dtype: torch.dtype,
+    experts: str | None,
+    device: torch.device | None = None,
+    left_out: Callable[[str], bool] = lambda name: False,
+) -> FolderLayers | None:
+    """Open the folder of a model that is to be trained, or to teach, without reading a weight; they are read layer by layer later.
+
+    Args:
+        source: the folder.
+        dtype: of its weights in memory.
+        experts: see :func:`load_model`.
+        device: that it will run on; default: the CPU.
+        left_out: tells by its name whether a weight is in no file.
+
+    Returns:
+        The model on the meta device, in training mode and without a cache; ``None`` where transformers must load the whole: FP8,
+        and classes that keep some weights in another dtype than the rest.
+
+    Raises:
+        UpcycleError: as :func:`load_model`, apart from what is found when weights are read.
+    """
+    settle_code_paths()
+    _check_kind(source, source, training=True, encoder=False)
+    if not source.is_dir() or is_block_fp8(read_config(source)):
+        return None
+    layers = FolderLayers(source, outside=False, left_out=left_out, dtype=dtype)
+    others = "|".join(layers.model._get_dtype_plan(dtype)) or r"(?!)"
+    if any(re.search(others, name) for name, _ in layers.model.named_parameters()):
+        return None
+    _make_ready(layers.model, experts, True, device.type if device else "cpu")
+    return layers
+
+
+def _make_ready(model: Any, experts: str | None, training: bool, device: str | None = None) -> None:
+    model.train(training)
+    if training:
+        model.config.use_cache = False
+    if experts is not None:
+        use_experts(model, experts, device)
+
+
+def _check_kind(path: Path, source: str | Path, training: bool, encoder: bool) -> None:
+    """Refuse what is not the kind of model that is wanted; see :func:`load_model`."""
     raw = clean_file(path / CONFIG) if path.is_dir() else {}
+    if not training:
+        refuse_masked(path, str(source))
     found = bool(raw) and is_encoder(raw)
     if training and path.is_dir() and is_packed(read_config(path)):
         raise UsageError(
@@ -73,20 +138,6 @@ def load_model(
         )
     if encoder and not found:
         raise UsageError(f"{source} is no encoder, and is to be compared with one", hint="name its dense parent")
-    if path.is_file():
-        dtype = torch.float32
-    elif not training:
-        _check_memory(path, str(source), dtype)
-    wanted = "auto" if isinstance(dtype, str) else dtype
-    model = stock.load_stock_model(path, wanted, surplus=not (training or path.is_file()))
-    if device is not None:
-        model.to(device)
-    model.train(training)
-    if training:
-        model.config.use_cache = False
-    if experts is not None:
-        use_experts(model, experts)
-    return model
 
 
 def _check_memory(path: Path, name: str, dtype: torch.dtype | Literal["auto"]) -> None:

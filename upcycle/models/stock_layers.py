@@ -17,7 +17,7 @@ import torch
 from upcycle.architectures.clean_settings import clean_file
 from upcycle.architectures.module_paths import ModulePaths, module_paths_in
 from upcycle.architectures.stock import build_config, empty_model, load_stock_model, quiet_transformers
-from upcycle.architectures.stock_classes import may_be_missing, stock_name_of
+from upcycle.architectures.stock_classes import may_be_missing, not_loaded, stock_name_of
 from upcycle.errors import CheckpointError
 from upcycle.files.formats.block_fp8 import BlockFp8Folder
 from upcycle.files.formats.packed_folder import tensors_of
@@ -50,6 +50,11 @@ class FolderLayers:
         rounding: rounds a weight that was read, given its name and value.
         outside: whether to read the weights outside the layers, too.
         left_out: tells by its name in the stock class whether a weight is left on the meta device.
+        dtype: of the weights in memory.
+
+    Attributes:
+        model: the stock model, without the weights that are not loaded.
+        unexpected: stored names, of those that were read so far, that the stock class has no weight for.
 
     Raises:
         CheckpointError: the stock class misses a weight, or finds one of another shape.
@@ -61,30 +66,35 @@ class FolderLayers:
         rounding: Rounding | None = None,
         outside: bool = True,
         left_out: Callable[[str], bool] = lambda name: False,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        self._folder, self._rounding, self._left_out = folder, rounding, left_out
+        self._folder, self._rounding, self._left_out, self._dtype = folder, rounding, left_out, dtype
         self._store = tensors_of(folder, read_config(folder))
         settings = build_config(clean_file(folder / "config.json"), str(folder))
-        self.model: Any = empty_model(settings, str(folder), torch.float32).eval()
+        self.model: Any = empty_model(settings, str(folder), dtype).eval()
+        self.unexpected: set[str] = set()
         self._stored = _by_layer(self.model, self._store.specs, left_out)
         compute_buffers(self.model)
-        if not outside:
-            return
+        if outside:
+            self.load_outside()
+
+    def load_outside(self) -> None:
+        """Give the weights outside the layers (embeddings, last norm, head) their values, if that was not done at once."""
         missing = self._read(None)
         _compute_missing(self.model)
         self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
-        empty = [name for name, weight in _weights(self.model, None) if weight.is_meta and not left_out(name)]
+        empty = [name for name, weight in weights_of(self.model, None) if weight.is_meta and not self._left_out(name)]
         if empty:
-            raise CheckpointError(f"{folder}: stock transformers finds no weight for '{empty[0]}'")
+            raise CheckpointError(f"{self._folder}: stock transformers finds no weight for '{empty[0]}'")
 
     def __len__(self) -> int:
         return len(_layers(self.model))
 
     def load(self, index: int) -> None:
-        """See :class:`Layers`."""
+        """Give layer ``index`` its weights."""
         self._read(index)
         compute_layer_buffers(self.model, index)
-        empty = [n for n, weight in _weights(self.model, index) if weight.is_meta and not self._left_out(n)]
+        empty = [n for n, weight in weights_of(self.model, index) if weight.is_meta and not self._left_out(n)]
         if empty:
             raise CheckpointError(f"{self._folder}: stock transformers finds no weight for '{empty[0]}'")
 
@@ -100,18 +110,21 @@ class FolderLayers:
 
         tensors = {name: self._tensor(name) for name in self._stored.get(index, ())}
         mapping: Any = get_model_conversion_mapping(self.model)
-        wanted = LoadStateDictConfig(dtype=torch.float32, weight_mapping=mapping, use_safetensors=True)
+        plan = self.model._get_dtype_plan(self._dtype)
+        wanted = LoadStateDictConfig(dtype=self._dtype, dtype_plan=plan, weight_mapping=mapping, use_safetensors=True)
         with quiet_transformers():
             report, _ = convert_and_load_state_dict_in_model(self.model, tensors, wanted)
         if problems := [*report.mismatched_keys, *report.conversion_errors]:
             raise CheckpointError(f"{self._folder}: stock transformers cannot use a weight: {problems[0]}")
         round_weights(self.model, index, self._rounding)
+        self.unexpected |= {name for name in report.unexpected_keys if not not_loaded(self.model).search(name)}
         return set(report.missing_keys)
 
     def _tensor(self, name: str) -> torch.Tensor:
-        """Return a tensor in fp32; where it is stored in FP8, transformers multiplies it by its scales."""
+        """Return a tensor, which transformers casts; where it is stored in FP8, it multiplies it by its scales."""
         if not isinstance(self._store, BlockFp8Folder):
-            return self._store.read(name).float()
+            value = self._store.read(name)
+            return value.float() if self._dtype == torch.float32 else value
         from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
         values, scales = self._store.stored(name)
@@ -171,7 +184,7 @@ class MeanLayers:
         for part, weight in zip(self._parts, self._weights, strict=True):
             if index is not None:
                 part.load(index)
-            for name, tensor in _weights(part.model, index):
+            for name, tensor in weights_of(part.model, index):
                 term = tensor.detach().double() * weight
                 sums[name] = sums[name] + term if name in sums else term
             if index is not None:
@@ -271,11 +284,11 @@ def round_weights(model: Any, index: int | None, rounding: Rounding | None) -> N
     if rounding is None:
         return
     with torch.no_grad():
-        for name, weight in _weights(model, index):
+        for name, weight in weights_of(model, index):
             weight.copy_(rounding(name, weight))
 
 
-def _weights(model: Any, index: int | None) -> list[tuple[str, torch.Tensor]]:
+def weights_of(model: Any, index: int | None) -> list[tuple[str, torch.Tensor]]:
     """Return the parameters and stored buffers of a layer, or (None) those outside the layers, with their names in the model."""
     paths = _paths(model)
     if index is not None:
@@ -327,7 +340,7 @@ def _layers(model: Any) -> Any:
 def _compute_missing(model: Any) -> None:
     """Compute the weights outside the layers that files need not hold, as the class says (sinusoids), as ``from_pretrained`` does."""
     computed = may_be_missing(model)
-    for name, weight in _weights(model, None):
+    for name, weight in weights_of(model, None):
         if not weight.is_meta or not computed.search(name):
             continue
         path, _, leaf = name.rpartition(".")

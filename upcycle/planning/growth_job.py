@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from upcycle.architectures.dense.narrowed import MadeTensor
+from upcycle.architectures.dense.widened import GrownTensor
 from upcycle.architectures.expert_terms import DenseMatrix, ExpertTerms, FactorRows, PackedMatrix
 from upcycle.architectures.stored_moe import ExpertRows
 from upcycle.architectures.tensor_origin import Origin
@@ -18,6 +19,7 @@ from upcycle.checkpoints.shard_writer import WAITING_BYTES
 from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import read_json
 from upcycle.files.formats.tensor_spec import TensorSpec
+from upcycle.files.names import DECISION_FILE
 from upcycle.methods.base import AnyMethod
 from upcycle.methods.growing.base import Described, Grown, Growth, Piece
 from upcycle.methods.mixing.base import mixing
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
     from upcycle.checkpoints.mixed_checkpoint import Mix
     from upcycle.progress import Progress
 
-DECISION_FILE = "growth.json"
 _KEYS = {"source", "revision", "method", "parameters", "max_shard_size", "tokenizer", "seed", "verification"}
 
 
@@ -197,6 +198,8 @@ def _growth_plan(job: GrowthJob) -> Plan:
         warnings.append(f"calibration text is not used: {job.method.name} looks at none with these parameters")
     row = max(spec.nbytes // max(spec.shape[0], 1) for spec in specs.values() if spec.shape)
     copying = min(max(COPY_BLOCK_BYTES, row) + WAITING_BYTES, sum(shard.nbytes for shard in job.shards))
+    made = [entry.spec.nbytes for entry in entries if isinstance(entry.origin, GrownTensor)]
+    copying += 3 * max(made, default=0)  # it is drawn in fp32, and written as it is stored
     looking = job.method.memory(job.source, recipe)
     weights = sum(spec.elements for spec in specs.values())
     writing = own_text_bytes(weights, job.source.raw, recipe) if job.calibrated else 0

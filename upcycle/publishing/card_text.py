@@ -77,7 +77,10 @@ def _what(facts: Facts) -> str:
             "other tensors are copies."
         )
     elif facts.grown:
-        first = f"A larger model made from {made}: {plain(record['plan']['summary'])}. What was added are copies."
+        new = "copies"
+        if record["plan"]["method"] == "masked_growth":
+            new = "new weights and copies of layers, which masks kept out of the function until training had unmasked them"
+        first = f"A larger model made from {made}: {plain(record['plan']['summary'])}. What was added are {new}."
     elif facts.pruned:
         first = (
             f"A smaller dense model made from {made}: {plain(record['plan']['summary'])}, those that contributed most on the "

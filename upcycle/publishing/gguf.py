@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from upcycle.architectures.dense.widened import refuse_masked
 from upcycle.errors import CheckpointError, EnvironmentFault, RefusalError, UsageError
 from upcycle.files.atomic_files import write_whole
 from upcycle.files.formats.tensor_files import SafetensorsFolder, read_config
@@ -90,6 +91,7 @@ def export_gguf(
     out = _checked_out(user_path(out).absolute(), overwrite)
     if not folder.is_dir():
         raise UsageError(f"no such folder: {folder}", hint="name the folder of a stock model, or a checkpoint of a run")
+    refuse_masked(folder, str(model))
     dtype = str(read_config(folder).get("dtype") or read_config(folder).get("torch_dtype"))
     SafetensorsFolder(folder)  # a folder that is no whole model is refused now
     quantizer = None if kind in CONVERTED else _quantizer()

@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
+from upcycle.architectures.dense.widened import refuse_masked
 from upcycle.checkpoints.licenses import chosen_license
 from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
 from upcycle.files.atomic_files import write_text_whole
@@ -124,6 +125,7 @@ def push(
     if revision:
         check_revision(revision)
     owner = repo.partition("/")[0]
+    refuse_masked(user_path(out), str(out))
     local = publishable(user_path(out), force, progress, allow, owner)
     for note in _notes(local):
         progress.note(note)

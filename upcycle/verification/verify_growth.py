@@ -8,11 +8,14 @@ from typing import Literal
 
 import torch
 
+from upcycle.architectures.dense.widened import GrownTensor, first_block, new_parts
+from upcycle.architectures.tensor_origin import Origin
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.output_layout import OutputEntry
 from upcycle.errors import CheckpointError
 from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.hardware.memory import available_memory
+from upcycle.models.growth_masks import GrowthMasks
 from upcycle.models.stock_model import folder_model
 from upcycle.planning.growth_job import GrowthJob
 from upcycle.planning.verification_text import MeasuredText
@@ -31,6 +34,8 @@ def verify_growth(
     same: Callable[[OutputEntry], bool] = lambda _: True,
 ) -> Verification:
     """Compare ``folder`` with the source, tensor by tensor and then by the logits of both models, in fp32.
+
+    What is new in a result of masked growth is masked, and the first block of a tensor that grew must be the source's tensor.
 
     Args:
         job: what was done, with its decision.
@@ -53,6 +58,8 @@ def verify_growth(
         sides = load_sides(checkpoint, job.recipe.dtype, streamed)
         progress.advance()
         after = folder_model(folder, streamed)
+        if (new := new_parts(folder)) is not None:
+            GrowthMasks(after.model, new)  # as training begins
         progress.advance()
     measured = measure_difference(sides, after, ids, batch_size(job.vocab_size, ids, streamed), elements, progress)
     promise, explanation = job.promise
@@ -94,6 +101,10 @@ def _compare_tensors(
                 assert entry.origin is not None
                 if not same(entry):
                     continue
+                if isinstance(entry.origin, GrownTensor):
+                    _compare_grown(entry, entry.origin, checkpoint, job.recipe.dtype, written)
+                    compared += 1
+                    continue
                 first = 0
                 for block in checkpoint.blocks(entry.origin, job.recipe.dtype):
                     rows = len(block) if block.dim() else 1
@@ -106,6 +117,17 @@ def _compare_tensors(
                 compared += 1
             progress.advance()
     return compared
+
+
+def _compare_grown(
+    entry: OutputEntry, origin: GrownTensor, checkpoint: Checkpoint, dtype: str, written: SafetensorsFolder
+) -> None:
+    old = torch.cat([*checkpoint.blocks(Origin(origin.name), dtype)])
+    found = first_block(written.read(entry.name), old.shape)
+    if not torch.equal(_bits(found), _bits(old)):
+        raise CheckpointError(
+            f"{written.location(entry.name)}: tensor '{entry.name}' does not begin with '{origin.name}' of the source"
+        )
 
 
 def _bits(block: torch.Tensor) -> torch.Tensor:

@@ -56,6 +56,8 @@ def trained(name: str, model: Path, folder: Path, **changes: Any) -> tuple[Any, 
     for stage in content["stages"]:
         stage.pop("tokens", None)
         stage["steps"] = 2
+        if "masks" in stage:
+            stage["masks"]["steps"] = 1
         for schedule in (stage.get("schedule"), stage.get("preset")):
             if schedule:
                 schedule["warmup"] = 0

@@ -14,7 +14,7 @@ JSON_KEYS = {
     "plan train": "kind world ranks device parameters parameters_active flops_per_token steps tokens options own recommended "
     "refused warnings command",
     "plan train options": "zero expert_parallel fits memory communication speed",
-    "plan train options memory": "weights gradients optimizer buffers activations parent host total",
+    "plan train options memory": "weights gradients optimizer buffers activations parent host loading total",
     "plan train options communication": "all_reduce all_gather reduce_scatter all_to_all total",
     "plan train options speed": "compute memory network bound unoverlapped limit",
     "plan run": "model tokens experts top_k expert_bytes layers seconds all_on_device all_near_data",

@@ -15,6 +15,7 @@ _FOLDERS = ("upcycle", "splitters", "trainers", "kernels", "configs")
 TITLES = {
     "1810.04805": "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding",
     "2106.09685": "LoRA: Low-Rank Adaptation of Large Language Models",
+    "2305.02869": "Masked Structural Growth for 2x Faster Language Model Pre-training",
     "2312.03732": "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA",
     "2402.01739": "OpenMoE: An Early Effort on Open Mixture-of-Experts Language Models",
     "2402.09353": "DoRA: Weight-Decomposed Low-Rank Adaptation",

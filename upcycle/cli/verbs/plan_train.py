@@ -89,6 +89,7 @@ def _show(plan: Any, command_line: str | None) -> None:
         [_row(plan, option) for option in plan.options],
         right=range(11),
     )
+    note(_loading(plan.options))
     if plan.refused:
         note(f"no row divides the experts among ranks: {plan.refused}")
     for warning in plan.warnings:
@@ -110,6 +111,16 @@ def _show(plan: Any, command_line: str | None) -> None:
     print_facts(
         [("time", f"at least {duration(hours)}: the bound, which no run reaches"), ("next", command_line or "")]
     )
+
+
+def _loading(options: Sequence[Any]) -> str:
+    """Say what passes through the host's memory before the first step."""
+    whole = max((option.memory.loading for option in options if option.zero_stage < 3), default=0.0)
+    parts = max((option.memory.loading for option in options if option.zero_stage == 3), default=0.0)
+    found = [f"below ZeRO 3, every rank first loads all weights ({size(whole)})"] if whole else []
+    if parts:
+        found.append(f"in ZeRO 3, weights are divided while they are read, the largest layer ({size(parts)}) at a time")
+    return "host memory: " + "; ".join(found)
 
 
 def _row(plan: Any, option: Any) -> Sequence[str]:
