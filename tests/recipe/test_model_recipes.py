@@ -1,4 +1,4 @@
-"""Recipes for single models: their numbers are those of upcycle plan on the models' real configurations, and they are found by name."""
+"""Recipes for single models: they are found by name, and their numbers are those of upcycle plan on real configurations."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def test_configurations_have_as_many_parameters_as_was_published(model: str) -> 
     published = float(told["parameters"][:-1]) * {"B": 1e9, "M": 1e6}[told["parameters"][-1]]
     digits = len(told["parameters"].rstrip("BM").partition(".")[2])
     unit_size = {"B": 1e9, "M": 1e6}[told["parameters"][-1]]
-    rounding = 0.5 * 10**-digits * unit_size + 0.005 * parameters  # of both: three digits are printed of the stored bytes
+    rounding = (
+        0.5 * 10**-digits * unit_size + 0.005 * parameters
+    )  # of both: three digits are printed of the stored bytes
     assert abs(parameters - published) <= rounding, (count(parameters), told["parameters"])
 
 
@@ -67,7 +69,9 @@ def test_a_recipe_is_that_which_it_is_taken_from_with_what_the_table_changes() -
 
 def test_commands_take_it_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    planned = run("plan", "qwen3-0.6b-split50", "--source", "demo", "--json")  # the demo is another model of a known family
+    planned = run(
+        "plan", "qwen3-0.6b-split50", "--source", "demo", "--json"
+    )  # the demo is another model of a known family
     assert planned.exit_code == 0, planned.output
     assert json.loads(planned.stdout)["method"] == "alternating"
     printed = run("recipe", "qwen3-0.6b-split50").stdout

@@ -58,7 +58,8 @@ def model_entry(told: dict[str, Any]) -> dict[str, Any]:
     name = hub.rpartition("/")[2]
     size = count(copies.parameters_total)
     halves = f"{name} with half of its FFN neurons per token: {count(split.parameters_active)} of {_of(split)} active"
-    larger = f"{name} as {size} parameters, {count(copies.parameters_active)} active: {COPIES} copies of every FFN, exact until trained"
+    larger = f"{name} as {size} parameters, {count(copies.parameters_active)} active: {COPIES} copies of every FFN, "
+    larger += "exact until trained"
     return {
         "source": hub,
         "recipes": {

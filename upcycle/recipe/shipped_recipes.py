@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from upcycle.errors import UsageError
-from upcycle.files.locate import is_local
 from upcycle.files.formats.parsing import parse_yaml
+from upcycle.files.locate import is_local
 from upcycle.files.user_paths import user_path
 from upcycle.recipe.configs_folder import configs_folder
 from upcycle.recipe.conversion_recipe import read_recipe

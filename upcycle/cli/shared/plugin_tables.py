@@ -47,7 +47,13 @@ def entries(kind: str) -> list[dict[str, Any]]:
         ]
         where = str(table_file())
         return general + [
-            {"name": one.name, "command": f"upcycle convert {one.name}", "what": one.what, "model": one.model, "path": where}
+            {
+                "name": one.name,
+                "command": f"upcycle convert {one.name}",
+                "what": one.what,
+                "model": one.model,
+                "path": where,
+            }
             for one in model_recipes().values()
         ]
     found = []

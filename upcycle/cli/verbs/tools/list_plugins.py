@@ -72,7 +72,9 @@ def _print_listed(kind: str, found: list[dict[str, Any]], title: str) -> None:
     """Print one line for each, as far as the terminal allows: its name, and what it is."""
     what = {name: in_one_line(plugin) for name, plugin in plugins(kind).items()} if kind in ONE_LINE else {}
     columns = (
-        ["name", "what it is"] if what else [column for column in found[0] if column not in ("path", "parameters", "model")]
+        ["name", "what it is"]
+        if what
+        else [column for column in found[0] if column not in ("path", "parameters", "model")]
     )
     rows = [
         [what[entry["name"]] if column == "what it is" else _text(entry[column]) for column in columns]
