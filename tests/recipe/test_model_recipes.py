@@ -27,6 +27,7 @@ def run(*arguments: str) -> Any:
 def test_every_model_has_its_recipes_and_the_table_is_as_it_was_written() -> None:
     table = read_yaml(table_file())
     assert list(table) == list(MODELS)
+    assert f"For {len(MODELS)} models that many people have" in (Path(__file__).parents[2] / "README.md").read_text()
     assert table_file().read_text() == HEADER + dump_yaml(table)
     for entry in table.values():
         assert {kind.rstrip("0123456789.bm") for kind in entry["recipes"]} == {"split", "upcycle"}

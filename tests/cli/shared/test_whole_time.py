@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 
 from upcycle.cli.shared import output
-from upcycle.cli.shared.output import ProgressBars
+from upcycle.cli.shared.output import ProgressBars, working
 from upcycle.cli.shared.whole_time import WholeTime
 
 PHASES = {"opening": 2.0, "calibrating": 100.0, "verifying": 50.0}
@@ -50,3 +52,39 @@ def test_a_log_has_what_is_left_of_all(monkeypatch: pytest.MonkeyPatch, capsys: 
         now[0] = 50.0
         bars.advance(5)
     assert "calibrating: 5 of 10, about 50.0 s left, of all 1 min 40 s" in capsys.readouterr().err
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream", [Terminal(), io.StringIO()], ids=["terminal", "pipe"])
+def test_a_spinner_turns_on_a_terminal_alone(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("TERM", "xterm"), ("CI", ""), ("TQDM_DISABLE", "")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.stderr", stream)
+    with working("loading [red]it"):
+        pass
+    assert ("loading [red]it" in stream.getvalue()) == stream.isatty()
+
+
+@pytest.mark.parametrize("phases", [{}, PHASES], ids=["unknown", "forecast"])
+def test_bars_have_a_spinner_and_what_is_left_of_all(phases: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("TERM", "xterm"), ("CI", ""), ("TQDM_DISABLE", ""), ("COLUMNS", "120")):
+        monkeypatch.setenv(name, value)
+    stream = Terminal()
+    monkeypatch.setattr("sys.stderr", stream)
+    now = [0.0]
+    monkeypatch.setattr(output, "monotonic", lambda: now[0])
+    bars = ProgressBars(quiet=False)
+    bars.expect(phases)
+    with bars.phase("calibrating", 10):
+        now[0] = 50.0
+        bars.advance(5)
+    drawn = stream.getvalue()
+    assert "calibrating" in drawn
+    assert any(frame in drawn for frame in "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏")
+    assert ("all: 1 min 40 s left" in drawn) == bool(phases)

@@ -283,6 +283,17 @@ def _print_tagged(tag: str, style: str, message: str) -> None:
     _print(sys.stderr, Text(tag, style=style), Text(paragraph(scrub(message))))
 
 
+@contextmanager
+def working(title: str) -> Iterator[None]:
+    """Show a spinner on stderr until the ``with`` block ends, where that is a terminal."""
+    console = _console(sys.stderr)
+    if not console.is_terminal or os.environ.get("CI") or os.environ.get("TQDM_DISABLE"):
+        yield
+        return
+    with console.status(Text(one_line(title))):
+        yield
+
+
 class ProgressBars(Progress):
     """Draws a bar with the remaining time for each phase, on stderr; where that is no terminal, a line now and then.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from upcycle.cli.shared.output import (
     print_model_text,
     print_table,
     styled,
+    working,
 )
 from upcycle.files.output.ownership import check_output
 from upcycle.formatting import count
@@ -67,7 +69,8 @@ def command(out: Path, quiet: bool, as_json: bool, debug: bool) -> None:
         if not quiet:
             print_message(f"{title}: upcycle convert demo {out / folder} {flags(keys)}")
         # Folders of an earlier demo are replaced; others were refused above.
-        results.append(convert("demo", out / folder, overwrite=True, progress=ProgressBars(quiet=True), **keys))
+        with nullcontext() if quiet else working(title):
+            results.append(convert("demo", out / folder, overwrite=True, progress=ProgressBars(quiet=True), **keys))
     report = _report(out)
     texts = {title: _continuation(folder) for title, folder in {"dense": None, **_shown(out)}.items()}
     if as_json:

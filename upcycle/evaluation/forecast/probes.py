@@ -40,13 +40,13 @@ def clock() -> Clock:
 
 
 def seconds(work: Callable[[], object], repeats: int = 3) -> float:
-    """Return the least time that some work takes, after a first time that does not count."""
+    """Return the least time that some work takes in so many times."""
     now, times = clock(), []
-    for _ in range(repeats + 1):
+    for _ in range(repeats):
         start = now()
         work()
         times.append(now() - start)
-    return min(times[1:])
+    return min(times)
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def layer_times(job: ExpertJob) -> LayerTimes:
         passing = seconds(lambda: linear(Neurons(ffn)(x[:_TOKENS]), ffn.down.float())) / _TOKENS
         if not job.calibrated:
             return LayerTimes(passing * by**2, 0.0, 0.0)
-        few, many = (seconds(lambda t=tokens: _decide(job, ffn, x[:t]), repeats=1) for tokens in (_FEW, _MANY))
+        few, many = (seconds(lambda t=tokens: _decide(job, ffn, x[:t]), 1) for tokens in (_FEW, _MANY))
     token = max(0.0, many - few) / (_MANY - _FEW)
     return LayerTimes(passing * by**2, token * by**2, max(0.0, few - _FEW * token) * by**3)
 
@@ -157,7 +157,7 @@ def comparison_seconds(vocab: int) -> float:
         one, other = log_softmax(a, 1), log_softmax(b, 1)
         return (one.exp() * (one - other)).sum() + (a - b).double().square().sum()
 
-    return seconds(compare, 2) / (256 * columns)
+    return seconds(compare) / (256 * columns)
 
 
 def file_seconds(folder: Path | None = None) -> tuple[float, float]:
@@ -171,6 +171,6 @@ def file_seconds(folder: Path | None = None) -> tuple[float, float]:
             while file.read(1 << 22):
                 pass
 
-    hashed = seconds(lambda: hashlib.sha256(block).digest(), 1) / _FILE
-    written = seconds(write, 1) / _FILE
+    hashed = seconds(lambda: hashlib.sha256(block).digest(), 2) / _FILE
+    written = seconds(write, 2) / _FILE
     return hashed + written, written
