@@ -28,6 +28,11 @@ class NotebookProgress(Progress):
     def __init__(self) -> None:
         self._bars: list[Any] = []  # of the phases that have begun, the innermost last
 
+    @property
+    def listens(self) -> bool:  # type: ignore[override]
+        """Whether this is a notebook."""
+        return in_notebook()
+
     @contextmanager
     def phase(self, title: str, total: int) -> Iterator[None]:
         """Draw a bar of ``total`` steps until the ``with`` block ends."""

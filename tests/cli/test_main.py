@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from click.testing import CliRunner
 import upcycle
 from upcycle.cli.main import VERBS, cli, main
 from upcycle.cli.shared import options
+from upcycle.cli.verbs import demo
 from upcycle.errors import UsageError
 from upcycle.models.own.routing.rules import RULES
 from upcycle.recipe.conversion_recipe import Recipe
@@ -192,6 +194,12 @@ def test_env_prints_versions_and_no_secrets(monkeypatch: pytest.MonkeyPatch) -> 
     assert "/private" not in result.output
 
 
+def test_the_demo_ends_on_the_split_that_compare_recommends() -> None:
+    measured = (Path(__file__).parents[2] / "docs" / "measured" / "compare_demo.md").read_text()
+    (recommended,) = re.findall(r"`upcycle convert demo OUT (.* --active 0\.5 .*)`", measured)
+    assert recommended == demo.flags(demo.RECOMMENDED)
+
+
 @pytest.mark.long
 def test_demo_converts_four_ways(tmp_path: Path) -> None:
     upcycle.convert("demo", tmp_path / "demo" / "upcycled", experts=2, top_k=1, verification={"enabled": False})
@@ -199,7 +207,14 @@ def test_demo_converts_four_ways(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
     assert [c["verification"]["verdict"] for c in data["conversions"]] == ["exact"] * 3 + ["approximate"]
-    assert len(set(data["continuations"].values())) == 1
+    dense, copies, split = data["continuations"].values()
+    assert dense == copies
+    assert len(split.split()) > 10
+    sparse = data["conversions"][-1]
+    assert (
+        sparse["verification"]["perplexity"] < 1.3 * sparse["verification"]["perplexity_dense"]
+    )  # a random split: 3 times
+    assert sparse["plan"]["flops_per_token"] < 0.8 * sparse["plan"]["flops_per_token_dense"]
     assert data["report"] == str(tmp_path / "demo" / "report.html")
     assert "approximate" in Path(data["report"]).read_text(encoding="utf-8")
     (tmp_path / "mine" / "upcycled").mkdir(parents=True)

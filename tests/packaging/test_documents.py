@@ -7,7 +7,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from upcycle.evaluation.compressing.cut_comparison import CutComparison, CutResu
 from upcycle.evaluation.encoders.embeddings import EmbeddingResult
 from upcycle.evaluation.encoders.image_classes import ClassResult
 from upcycle.evaluation.encoders.two_inputs import RetrievalResult
+from upcycle.evaluation.forecast.forecast import Forecast
 from upcycle.evaluation.routing_habits import EarlierChoices, LayerHabits, RoutingHabits
 from upcycle.evaluation.speed import KernelSpeed, ModelSpeed, Speed
 from upcycle.evaluation.task_scores import TaskScore, TaskScores
@@ -265,6 +266,7 @@ def test_json_keys(
     actual = {
         "plan": plan,
         "plan time": timed,
+        "plan forecast": {"seconds": 0.0, **asdict(Forecast({}))},
         "plan train": {**planned, "command": ""},
         "plan train options": planned["options"][0],
         "plan train options memory": planned["options"][0]["memory"],

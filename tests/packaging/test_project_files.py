@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import json
 import re
 from pathlib import Path
@@ -47,3 +48,26 @@ def test_containers_install_what_there_is() -> None:
     assert re.findall(r"ARG EXTRAS=(\w+)", read("Dockerfile"))[0] in extras
     setup = json.loads(read(".devcontainer/devcontainer.json"))
     assert setup["postCreateCommand"].removeprefix("make ") == ".venv/.ready"
+
+
+def test_the_page_of_dependencies_is_what_is_installed() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+
+    def names(listed: str) -> set[str]:
+        return {re.split(r"[<>=;\[ ]", line)[0] for line in listed.split("\n") if line} - {"upcycle"}
+
+    _, always, extras = re.split(r"(?m)^## (?:Always installed|Extras)$", read("docs/develop/dependencies.md"))
+    extras, by_hand = extras.split("## By hand")
+    assert set(re.findall(r"(?m)^\| `([\w-]+)` \|", always)) == names(setup["options"]["install_requires"])
+    told = {
+        name: set(re.findall(r"`(\w+)`", where))
+        for name, where in re.findall(r"(?m)^\| `([\w-]+)` \| ([^|]+) \|", extras)
+    }
+    wanted: dict[str, set[str]] = {}
+    for extra, listed in setup["options.extras_require"].items():
+        for name in names(listed):
+            wanted.setdefault(name, set()).add(extra)
+    assert told == wanted
+    for path in re.findall(r"\(`([\w/.]+)`\)", by_hand):
+        assert (ROOT / path).exists(), path

@@ -98,7 +98,7 @@ def test_train_takes_a_shipped_recipe_by_its_name(tmp_path: Path, monkeypatch: p
 
 def test_the_list_has_every_shipped_recipe_with_its_command() -> None:
     listed = json.loads(run("list", "recipes", "--json").stdout)["recipes"]
-    assert [(entry["name"], entry["command"]) for entry in listed] == [
+    assert [(entry["name"], entry["command"]) for entry in listed if entry["model"] is None] == [
         (name, f"upcycle {verb} {name}") for verb in RECIPE_VERBS for name in shipped(verb)
     ]
     assert {"split_50", "heal_split"} <= {entry["name"] for entry in listed}

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from upcycle.errors import UpcycleError, UsageError
 from upcycle.trainers.data.corpus import Corpus
 from upcycle.trainers.data.keyed_random import permutation
-from upcycle.trainers.data.packing import PackedRow, Rows, layout, pack_documents
+from upcycle.trainers.data.packing import Int64, PackedRow, Rows, layout, pack_documents
 from upcycle.trainers.data.token_codes import decoded
 from upcycle.trainers.data.token_shards import Hashes, TokenCache, TokenShard
 from upcycle.trainers.data.too_long import fitted
@@ -28,23 +28,38 @@ SHARDS_TOGETHER = 8  # shards in a block, whose documents are shuffled together
 class HeldOut:
     """Which documents are held out from training.
 
-    Held out are those whose hash falls into the first ``fraction`` of all hashes, and those in ``hashes``, but none in ``kept``.
+    Held out are those whose hash falls into the first ``fraction`` of all hashes, and those in ``hashes``, but none in ``kept``. With
+    ``ends``, the documents are divided instead: of each, that share of its tokens at its end is held out.
     """
 
     fraction: float
     hashes: Hashes
     kept: Hashes = field(default_factory=lambda: np.empty(0, np.uint64))
+    ends: float = 0.0
 
     def chosen(self, hashes: Hashes) -> NDArray[np.bool_]:
         """Which documents are held out, bool ``[N]``, from their hashes ``[N]``."""
         limit = np.uint64(int(self.fraction * 2**64))
         return np.asarray(((hashes < limit) | np.isin(hashes, self.hashes)) & ~np.isin(hashes, self.kept))
 
+    def parts(self, shard: TokenShard, held_out: bool) -> tuple[Int64, Int64, Int64]:
+        """What of a shard is held out, or is trained on: its documents' numbers, first tokens and lengths, ``[N]`` each."""
+        begin, lengths = np.cumsum(shard.lengths) - shard.lengths, shard.lengths
+        if self.ends:
+            least = np.minimum(2, lengths)  # a token, and one that predicts it
+            behind = np.maximum(np.ceil(lengths * self.ends).astype(np.int64), least)
+            begin, lengths = (begin + lengths - behind, behind) if held_out else (begin, lengths - behind)
+            of_shard = np.flatnonzero(lengths)
+        else:
+            of_shard = np.flatnonzero(self.chosen(shard.hashes) == held_out)
+        return of_shard, begin[of_shard], lengths[of_shard]
+
     @property
     def fingerprint(self) -> str:
         """A text that differs wherever different documents are held out."""
         kept = f"/{np.sort(self.kept).tolist()}" if len(self.kept) else ""
-        return f"{self.fraction!r}/{hashlib.sha256(np.sort(self.hashes).data).hexdigest()[:16]}{kept}"
+        ends = f"/ends {self.ends!r}" if self.ends else ""
+        return f"{self.fraction!r}/{hashlib.sha256(np.sort(self.hashes).data).hexdigest()[:16]}{kept}{ends}"
 
 
 @dataclass(frozen=True, order=True)
@@ -164,10 +179,10 @@ class DomainRows:
         if not shards:
             return None
         key = (self._seed, self.name, epoch, number)
-        kept = [np.flatnonzero(~self._held_out.chosen(shard.hashes)) for shard in shards]
-        shard = np.repeat(np.arange(len(shards)), [len(k) for k in kept])
-        begin = np.concatenate([(np.cumsum(s.lengths) - s.lengths)[k] for s, k in zip(shards, kept, strict=True)])
-        lengths = np.concatenate([s.lengths[k] for s, k in zip(shards, kept, strict=True)])
+        parts = [self._held_out.parts(shard, held_out=False) for shard in shards]
+        shard = np.repeat(np.arange(len(shards)), [len(documents) for documents, _, _ in parts])
+        begin = np.concatenate([begin for _, begin, _ in parts])
+        lengths = np.concatenate([lengths for _, _, lengths in parts])
         fit = fitted(shards, shard, begin, lengths, self._length, self._too_long)
         shard, begin, lengths = shard[fit.kept], fit.begin, fit.length
         order = permutation(len(lengths), *key, "documents")

@@ -11,7 +11,7 @@ import numpy as np
 from upcycle.errors import UsageError
 from upcycle.trainers.data.corpus import Corpus
 from upcycle.trainers.data.domain_rows import SHARDS_TOGETHER, HeldOut, read_row
-from upcycle.trainers.data.packing import PackedRow, pack_documents
+from upcycle.trainers.data.packing import Int64, PackedRow, pack_documents
 from upcycle.trainers.data.token_shards import Hashes, TokenCache, TokenShard
 from upcycle.trainers.data.too_long import fitted
 from upcycle.trainers.recipe.data_recipe import Packing, TooLong
@@ -36,7 +36,7 @@ def held_out_documents(
     """Which documents of a domain are held out: those of ``files``, or else a fraction of all, chosen by their hash.
 
     A corpus that fits into one block has at least one document held out, the one with the smallest hash, and at least one to
-    train on, the one with the largest hash.
+    train on, the one with the largest hash. Where it is one document of text, that fraction of its tokens is held out: the last.
 
     Args:
         domain: what errors call it.
@@ -46,7 +46,7 @@ def held_out_documents(
         fraction: the share of the documents to hold out.
 
     Raises:
-        UsageError: the corpus is a single document.
+        UsageError: the corpus is a single conversation or pair.
         UpcycleError: it cannot be read.
     """
     if files is not None:
@@ -56,10 +56,11 @@ def held_out_documents(
         return held_out
     hashes = np.unique(held_out_hashes(corpus, cache))
     if len(hashes) == 1:
+        if corpus.kind == "text":
+            return HeldOut(0.0, _NO_HASHES, ends=fraction)
         raise UsageError(
-            f"domain '{domain}' is one document, which cannot be both trained on and held out",
-            hint="give it a separator that divides its files, or files to validate on (validation: [FILE]), or set validation: "
-            "{fraction: 0}",
+            f"domain '{domain}' is one example, which cannot be both trained on and held out",
+            hint="give it files to validate on (validation: [FILE]), or set validation: {fraction: 0}",
         )
     chosen = held_out.chosen(hashes)
     if len(hashes) and not chosen.any():
@@ -101,9 +102,8 @@ def validation_rows(
     chosen, begins, lengths = [], [], []
     have = documents = lost = 0
     for shard in _shards(corpus, cache):
-        of_shard = np.flatnonzero(held_out.chosen(shard.hashes)) if held_out else np.arange(len(shard.hashes))
+        of_shard, begin, size = held_out.parts(shard, held_out=True) if held_out else _whole(shard)
         documents += len(shard.hashes)
-        begin, size = (np.cumsum(shard.lengths) - shard.lengths)[of_shard], shard.lengths[of_shard]
         fit = fitted([shard], np.zeros(len(of_shard), np.int64), begin, size, length, too_long)
         lost += fit.dropped + fit.emptied
         wanted = np.cumsum(fit.length) - fit.length < tokens - have
@@ -135,6 +135,10 @@ def validation_rows(
         read_row(shards, np.concatenate(chosen), np.concatenate(begins), rows, number, length, 0)
         for number in range(len(rows))
     ]
+
+
+def _whole(shard: TokenShard) -> tuple[Int64, Int64, Int64]:
+    return np.arange(len(shard.hashes)), np.cumsum(shard.lengths) - shard.lengths, shard.lengths
 
 
 def _shards(corpus: Corpus, cache: TokenCache) -> Iterator[TokenShard]:

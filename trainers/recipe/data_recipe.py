@@ -107,7 +107,11 @@ class ValidationSplit(StrictSettings):
     """Which documents are never trained on."""
 
     fraction: float = Field(
-        0.02, ge=0, lt=1, description="share of each domain's documents that is held out, chosen by their content"
+        0.02,
+        ge=0,
+        lt=1,
+        description="share of each domain's documents that is held out, chosen by their content; of a domain that is one text, the "
+        "share at its end",
     )
     tokens: int = Field(65536, ge=16, description="tokens to validate on, per domain and at most")
     batch: int = Field(8, ge=1, description="rows per validation batch")

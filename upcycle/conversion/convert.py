@@ -37,7 +37,10 @@ from upcycle.progress import SILENT, Progress
 from upcycle.recipe.conversion_recipe import Recipe, parse_recipe
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from upcycle.planning.verification_text import MeasuredText
+    from upcycle.recipe.recipe_keywords import RecipeKeys
     from upcycle.verification.verdict import Verification
 
 
@@ -71,7 +74,7 @@ def convert(
     restart: bool = False,
     blueprint: str | Path | None = None,
     progress: Progress = IN_NOTEBOOKS,
-    **keys: Any,
+    **keys: Unpack[RecipeKeys],
 ) -> Conversion:
     """Convert ``source`` into a MoE checkpoint at ``out``.
 
@@ -82,7 +85,7 @@ def convert(
         restart: discard an unfinished conversion of another recipe.
         blueprint: build from a saved ``blueprint.safetensors`` and its recipe instead of deciding again.
         progress: where to report.
-        **keys: recipe keys (:class:`upcycle.recipe.conversion_recipe.Recipe`).
+        **keys: recipe keys (:class:`upcycle.recipe.conversion_recipe.Recipe`), which editors complete.
 
     Returns:
         The outcome, with the plan and the verification's numbers.
@@ -92,11 +95,12 @@ def convert(
             raises VerificationError and is left in ``out`` + ``.failed``.
     """
     saved = Path(blueprint) if blueprint else None
+    content: dict[str, Any] = {}
     if saved:
         from upcycle.ffn.blueprint import blueprint_recipe
 
-        keys = {**blueprint_recipe(saved), **keys}
-    content = {**keys, **({"source": source} if source else {})}
+        content = blueprint_recipe(saved)
+    content = {**content, **keys, **({"source": source} if source else {})}
     return run_recipe(parse_recipe(content, "recipe"), Path(out), overwrite, restart, saved, progress)
 
 

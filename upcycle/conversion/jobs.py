@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.conversion.add_conversion import AddConversion
@@ -18,6 +18,11 @@ from upcycle.planning.job import method_of
 from upcycle.planning.loadable import check_config, check_loadable
 from upcycle.planning.open_sources import all_local, open_sources
 from upcycle.recipe.conversion_recipe import Recipe, parse_recipe
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from upcycle.recipe.recipe_keywords import RecipeKeys
 
 JOBS: dict[str, type[ConversionJob]] = {
     "copies": ExpertConversion,
@@ -68,15 +73,15 @@ def job_of(recipe: Recipe) -> ConversionJob:
     return job
 
 
-def plan(source: str | None = None, **keys: Any) -> Plan:
+def plan(source: str | None = None, **keys: Unpack[RecipeKeys]) -> Plan:
     """Work out what a conversion would write and cost, without reading a weight.
 
     Args:
         source: local folder, hub id, ``.gguf`` file or ``demo``. Of a hub id only ``config.json`` is downloaded.
-        **keys: recipe keys (:class:`upcycle.recipe.conversion_recipe.Recipe`).
+        **keys: recipe keys (:class:`upcycle.recipe.conversion_recipe.Recipe`), which editors complete.
 
     Raises:
         UpcycleError: whatever :func:`upcycle.convert` would refuse before reading weights.
     """
-    content = {**keys, **({"source": source} if source else {})}
+    content: dict[str, Any] = {**keys, **({"source": source} if source else {})}
     return job_of(parse_recipe(content, "recipe")).cost()

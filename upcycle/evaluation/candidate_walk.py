@@ -39,6 +39,7 @@ from upcycle.ffn.activations import (
 from upcycle.ffn.refit import Applied, Routing, fit_down
 from upcycle.ffn.router_capture import ExpertMap, of_largest
 from upcycle.files.formats.token_files import TokenFile, write_together
+from upcycle.formatting import duration
 from upcycle.hardware.memory import available_memory, reuse_freed_memory
 from upcycle.models.layer_runner import LayerRunner, logits_of
 from upcycle.models.stock_model import dense_reader, skeleton
@@ -160,6 +161,8 @@ class Walk:
     def run(self, candidates: Sequence[Candidate]) -> list[float]:
         """Run all layers, store what is measured in the candidates, and return the dense model's nats per token for each domain."""
         reuse_freed_memory(REUSED_BYTES)
+        if self._progress.listens:
+            self._foretell(candidates)
         threads, workers = torch.get_num_threads(), len(self._runners)
         pool = ThreadPoolExecutor(workers, initializer=lambda: torch.set_num_threads(max(1, threads // workers)))
         try:
@@ -167,6 +170,16 @@ class Walk:
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)
+
+    def _foretell(self, candidates: Sequence[Candidate]) -> None:
+        """Say about how long all candidates take, from what deciding a layer of one of them takes on this machine."""
+        from upcycle.evaluation.forecast.forecast import calibrating_seconds
+
+        job, read = candidates[0].job, self._ids["calibration"].numel()
+        one = calibrating_seconds(job, read)
+        share = 1 + self._ids["evaluation"].numel() / read
+        took = duration(one * share * len(candidates))
+        self._progress.tell(f"comparing {len(candidates)} splits, layer by layer, on {read:,} tokens: about {took}")
 
     def _run(self, candidates: Sequence[Candidate], pool: ThreadPoolExecutor) -> list[float]:
         layers = self._checkpoint.config.num_hidden_layers

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from importlib import import_module
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from upcycle.errors import UsageError
+from upcycle.files.formats.parsing import parse_yaml
 from upcycle.files.locate import is_local
 from upcycle.files.user_paths import user_path
+from upcycle.recipe.configs_folder import configs_folder
+from upcycle.recipe.conversion_recipe import read_recipe
+from upcycle.recipe.model_recipes import model_recipes
 
 Verb = Literal["convert", "train", "grow"]
 RECIPE_VERBS: tuple[Verb, ...] = ("convert", "train", "grow")
@@ -25,9 +28,13 @@ _NO_RECIPES = ("demo_model",)  # the settings with which the embedded model was 
 
 def shipped(verb: Verb) -> dict[str, Path]:
     """Return the files of the recipes for a verb, by name."""
-    folder = Path(import_module(f"upcycle.configs.{verb}").__path__[0])  # beside upcycle/ in a checkout without links
-    found = sorted(folder.glob("*.yaml"))
+    found = sorted(configs_folder(verb).glob("*.yaml"))
     return {path.stem: path for path in found if path.stem not in _NO_RECIPES}
+
+
+def recipe_names(verb: Verb) -> list[str]:
+    """Return the names of all recipes for a verb, those for single models last."""
+    return [*shipped(verb), *(model_recipes() if verb == "convert" else ())]
 
 
 def summary(path: Path) -> str:
@@ -52,6 +59,20 @@ def recipe_file(argument: str, verb: Verb) -> Path | None:
     return None if is_local(argument) else _shipped(argument, verb)
 
 
+def conversion_recipe(argument: str) -> tuple[str, dict[str, Any]] | None:
+    """Return the conversion recipe that a command's argument names, with its name in messages; None where it names none.
+
+    A file or folder in the current folder takes precedence over a recipe that comes with upcycle.
+
+    Raises:
+        UsageError: as :func:`recipe_file`, or the file is no recipe.
+    """
+    if argument in model_recipes() and not is_local(argument):
+        return argument, parse_yaml(model_recipes()[argument].text, argument, error=UsageError)
+    path = recipe_file(argument, "convert")
+    return None if path is None else (str(path), read_recipe(path))
+
+
 def needed_recipe_file(argument: str, verb: Verb) -> Path:
     """Find the recipe that a command's argument names, which may be a file with any ending.
 
@@ -68,9 +89,10 @@ def needed_recipe_file(argument: str, verb: Verb) -> Path:
 
 def recipe_hint(argument: str, verb: Verb) -> str:
     """Return a hint with the shipped recipe that the user may have meant, and all there are."""
-    close = difflib.get_close_matches(argument, shipped(verb), n=1)
+    close = difflib.get_close_matches(argument, recipe_names(verb), n=1)
     meant = f"did you mean '{close[0]}'? " if close else ""
-    return f"{meant}a YAML file, or one of: {', '.join(shipped(verb))}"
+    models = "; or one for a model: upcycle list recipes" if verb == "convert" else ""
+    return f"{meant}a YAML file, or one of: {', '.join(shipped(verb))}{models}"
 
 
 def _shipped(name: str, verb: Verb, argument: str | None = None) -> Path | None:
@@ -83,7 +105,7 @@ def _shipped(name: str, verb: Verb, argument: str | None = None) -> Path | None:
     if name in recipes:
         return recipes[name]
     for other in RECIPE_VERBS:
-        if name in shipped(other):
+        if other != verb and name in recipe_names(other):
             raise UsageError(f"'{name}' is a recipe of upcycle {other}", hint=f"upcycle {other} {name} {_MORE[other]}")
     if argument:
         raise UsageError(f"no such recipe: {argument}", hint=recipe_hint(name, verb))

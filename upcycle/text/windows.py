@@ -86,8 +86,10 @@ def windows_of(texts: list[torch.Tensor], tokens: int, window: int) -> torch.Ten
     return torch.cat(pieces)
 
 
-def continuation(model: Any, tokenizer: Any, prompt: str, tokens: int = 48) -> str:
+def continuation(model: Any, tokenizer: Any, prompt: str, tokens: int = 48, repetition_penalty: float = 1.0) -> str:
     """Return what a stock model writes after ``prompt``, greedily, in at most ``tokens`` tokens.
+
+    A ``repetition_penalty`` above 1 makes what was written before less probable (arXiv 1909.05858): small models repeat themselves.
 
     Raises:
         UsageError: the prompt is empty.
@@ -103,6 +105,7 @@ def continuation(model: Any, tokenizer: Any, prompt: str, tokens: int = 48) -> s
             attention_mask=torch.ones_like(ids),
             max_new_tokens=tokens,
             do_sample=False,
+            repetition_penalty=repetition_penalty,
             pad_token_id=tokenizer.eos_token_id,
         )
     text: str = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 from upcycle.errors import UsageError
 from upcycle.text.reading.columns import Reading
 from upcycle.trainers.data.corpus import LocalCorpus
-from upcycle.trainers.data.domain_rows import HeldOut
+from upcycle.trainers.data.domain_rows import Cursor, DomainRows, HeldOut
 from upcycle.trainers.data.token_shards import Encoder, TokenCache, document_hash
 from upcycle.trainers.data.validation_rows import held_out_documents, held_out_hashes, validation_rows
 
@@ -55,13 +57,34 @@ def test_a_validation_corpus_of_its_own_is_read_as_a_whole(corpus: LocalCorpus, 
     assert len(held_out_hashes(None, cache)) == 0
 
 
-def test_a_domain_of_one_document_cannot_be_divided(tmp_path: Path, cache: TokenCache) -> None:
-    (tmp_path / "book.txt").write_text("one long book")
+@pytest.mark.parametrize("fraction", [0.02, 0.25])
+def test_of_one_text_the_end_is_held_out(tmp_path: Path, cache: TokenCache, fraction: float) -> None:
+    text = "".join(map(chr, range(300, 700)))
+    (tmp_path / "book.txt").write_text(text)
     book = LocalCorpus([str(tmp_path / "book.txt")], Reading(), 10**6)
-    with pytest.raises(UsageError, match=r"domain 'x' is one document") as caught:
-        held_out_documents("x", book, None, cache, 0.02)
-    assert "separator" in str(caught.value.hint)
-    assert not held_out_documents("x", book, None, cache, 0.0).chosen(held_out_hashes(book, cache)).any()
+    found = held_out_documents("x", book, None, cache, fraction)
+    ids = [*map(ord, text), 1]
+    behind = math.ceil(len(ids) * fraction)
+    validated = np.concatenate([row for row, *_ in validation_rows("x", book, cache, found, 10**6, 32)])
+    assert validated[:behind].tolist() == ids[-behind:]
+    assert not validated[behind:].any()
+    rows = DomainRows("x", book, cache, found, length=32, packing="concatenate", padding=0, seed=0)
+    cursor, trained = rows.skip(Cursor(), 0), set()
+    while cursor.epoch == 0:
+        trained |= set(rows.row(cursor)[0].tolist())
+        cursor = rows.skip(cursor, 1)
+    assert trained - {0} == set(ids[:-behind])
+    assert found.fingerprint != HeldOut(0.0, np.empty(0, np.uint64)).fingerprint
+    assert not held_out_documents("x", book, None, cache, 0.0).ends
+
+
+def test_one_example_cannot_be_divided(tmp_path: Path, cache: TokenCache) -> None:
+    (tmp_path / "one.txt").write_text("a pair")
+    pair = LocalCorpus([str(tmp_path / "one.txt")], Reading(), 10**6)
+    pair.reading = replace(pair.reading, kind="pairs")
+    with pytest.raises(UsageError, match=r"domain 'x' is one example") as caught:
+        held_out_documents("x", pair, None, cache, 0.02)
+    assert "files to validate on" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("fraction", [1e-9, 0.5, 1 - 1e-9])

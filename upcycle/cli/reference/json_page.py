@@ -10,6 +10,7 @@ JSON_KEYS = {
     "parameters_total parameters_active bytes_dense bytes_output peak_memory_bytes flops_per_token_dense "
     "flops_per_token kind summary warnings shards time routing",
     "init": "out recipe remarks commands plan",
+    "plan forecast": "seconds phases unknown",
     "plan time": "relative device instructions threads dtype prompt_tokens torch transformers error_median error_worst",
     "plan train": "kind world ranks device parameters parameters_active flops_per_token steps tokens options own recommended "
     "refused warnings command",
@@ -108,6 +109,7 @@ def json_page() -> str:
             "A command that fails prints `error` with `message`, `hint` (or null) and `exit_code`, unless its result is printed "
             "already, as that of a `verify` which finds a broken model is; the message is on stderr, too.",
             'A section of a report that cannot be filled is `{"missing": reason}`.',
+            "`upcycle plan --json --time` has `forecast`, too: seconds by phase on this machine, or in `unknown` why there are none.",
             "`upcycle list --json` maps each kind to its entries, `upcycle env --json` names to values; `upcycle demo --json` holds "
             "`conversions` (as `convert`), `prompt`, `continuations` and `report` (the page).",
         ]

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 import click
 from click.shell_completion import CompletionItem
 
-from upcycle.recipe.shipped_recipes import RECIPE_VERBS, Verb, shipped
+from upcycle.recipe.shipped_recipes import RECIPE_VERBS, Verb
+from upcycle.recipe.shipped_recipes import recipe_names as names_of_recipes
 from upcycle.registry import KINDS
 
 Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
@@ -30,4 +31,4 @@ def plugin_names(kind: str) -> Completer:
 
 def recipe_names(*verbs: Verb, files: bool = False) -> Completer:
     """Complete the recipes for some verbs (default: all), and files where there is no such recipe."""
-    return _of(lambda: (name for verb in verbs or RECIPE_VERBS for name in shipped(verb)), files)
+    return _of(lambda: (name for verb in verbs or RECIPE_VERBS for name in names_of_recipes(verb)), files)

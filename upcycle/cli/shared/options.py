@@ -13,7 +13,7 @@ from upcycle.cli.shared.completion import plugin_names
 from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import parse_yaml
 from upcycle.files.locate import is_local
-from upcycle.recipe.conversion_recipe import Recipe, parse_recipe, read_recipe, set_key
+from upcycle.recipe.conversion_recipe import Recipe, parse_recipe, set_key
 from upcycle.recipe.mergekit_recipe import is_mergekit, translate
 from upcycle.recipe.precision_recipe import PrecisionRecipe
 from upcycle.recipe.recipe_parts import (
@@ -23,7 +23,7 @@ from upcycle.recipe.recipe_parts import (
     RoutingRecipe,
     VerificationRecipe,
 )
-from upcycle.recipe.shipped_recipes import recipe_file, recipe_hint
+from upcycle.recipe.shipped_recipes import conversion_recipe, recipe_hint
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -191,15 +191,14 @@ def build_recipe(
     """
     content: dict[str, Any] = dict(base or {})
     where, source_flag = "recipe", flags.get("source_flag")
-    path = recipe_file(source, "convert") if source else None
-    if path:
-        found = read_recipe(path)
+    named_recipe = conversion_recipe(source) if source else None
+    if named_recipe:
+        where, found = named_recipe
         if is_mergekit(found):
-            found, notes = translate(found, str(path))
+            found, notes = translate(found, where)
             for note in notes if notify else []:
                 notify(note)  # type: ignore[misc]
         content |= found
-        where = str(path)
     elif source:
         _refuse_two(source, source_flag)
         if not is_local(source) and "/" not in source:  # a hub id has a slash
@@ -213,7 +212,7 @@ def build_recipe(
         if content.get("source") not in (None, source_flag):
             content.pop("revision", None)  # it belongs to the source that is replaced
         content["source"] = source_flag
-    named = source if source and not path else source_flag
+    named = source if source and not named_recipe else source_flag
     _override_by_flags(content, flags)
     if named:
         _refuse_two(named, content["source"], "--set source")

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import monotonic
 from typing import IO, Any, TextIO
@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from upcycle.cli.shared.terminal_safe import one_line, paragraph, prose
+from upcycle.cli.shared.whole_time import WholeTime
 from upcycle.errors import EnvironmentFault, UpcycleError
 from upcycle.files.private_text import own_secrets, scrub, scrub_machine
 from upcycle.formatting import duration
@@ -282,27 +283,44 @@ def _print_tagged(tag: str, style: str, message: str) -> None:
     _print(sys.stderr, Text(tag, style=style), Text(paragraph(scrub(message))))
 
 
+@contextmanager
+def working(title: str) -> Iterator[None]:
+    """Show a spinner on stderr until the ``with`` block ends, where that is a terminal."""
+    console = _console(sys.stderr)
+    if not console.is_terminal or os.environ.get("CI") or os.environ.get("TQDM_DISABLE"):
+        yield
+        return
+    with console.status(Text(one_line(title))):
+        yield
+
+
 class ProgressBars(Progress):
     """Draws a bar with the remaining time for each phase, on stderr; where that is no terminal, a line now and then.
 
     A log of a batch job, or a notebook's ``!upcycle``, has a line every :data:`LINE_SECONDS`, and nothing of phases that are
-    shorter. ``TQDM_DISABLE`` turns both off.
+    shorter. ``TQDM_DISABLE`` turns both off. Where the phases were forecast, what is left is that of all of them together.
     """
 
     def __init__(self, quiet: bool) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
-        self._quiet = quiet
+        self._quiet, self.listens = quiet, not quiet
         off = quiet or bool(os.environ.get("TQDM_DISABLE"))
         drawn = not off and sys.stderr.isatty() and not os.environ.get("CI")
         title = TextColumn("{task.description}", markup=False)
-        columns = title, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        whole = TextColumn("{task.fields[left]}", markup=False)
+        columns = SpinnerColumn(), title, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), whole
         self._bars = RichProgress(*columns, console=_console(sys.stderr), transient=True, disable=not drawn)
         self._task: Any = None
         self._lines = not off and not drawn
         self._title, self._done, self._total = "", 0, 0
         self._began = self._told = 0.0
+        self._whole = WholeTime({})
+
+    def expect(self, phases: Mapping[str, float]) -> None:
+        """Take what is left from a forecast of all phases."""
+        self._whole = WholeTime(phases)
 
     @contextmanager
     def phase(self, title: str, total: int) -> Iterator[None]:
@@ -310,21 +328,24 @@ class ProgressBars(Progress):
         self._title, self._done, self._total = title, 0, total
         self._began = self._told = monotonic()
         with self._bars:
-            self._task = self._bars.add_task(one_line(title), total=total)
+            self._task = self._bars.add_task(one_line(title), total=total, left="")
             try:
                 yield
             finally:
                 self._bars.remove_task(self._task)
+                self._whole.finish(title, monotonic() - self._began)
 
     def advance(self, steps: int = 1) -> None:
         """Move the bar by ``steps``."""
-        self._bars.advance(self._task, steps)
         self._done += steps
         now = monotonic()
+        whole = self._whole.left(self._title, self._done / max(1, self._total), now - self._began)
+        self._bars.update(self._task, advance=steps, left=f"all: {duration(whole)} left" if whole is not None else "")
         if self._lines and now - self._told >= LINE_SECONDS and self._done < self._total:
             self._told = now
             left = duration((now - self._began) / self._done * (self._total - self._done))
-            print_message(f"{self._title}: {self._done:,} of {self._total:,}, about {left} left")
+            rest = f", of all {duration(whole)}" if whole is not None else ""
+            print_message(f"{self._title}: {self._done:,} of {self._total:,}, about {left} left{rest}")
 
     def note(self, message: str) -> None:
         """Print a warning above the bar."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
+from upcycle.recipe.model_recipes import model_recipes, table_file
 from upcycle.recipe.shipped_recipes import RECIPE_VERBS, shipped, summary
 from upcycle.registry import FAMILIES, TARGETS, load
 from upcycle.registry import KINDS as REGISTRY
@@ -39,10 +40,21 @@ def plugins(kind: str) -> dict[str, Any]:
 def entries(kind: str) -> list[dict[str, Any]]:
     """Return one dictionary of plain data per plug-in, in registry order."""
     if kind == "recipes":
-        return [
-            {"name": name, "command": f"upcycle {verb} {name}", "what": summary(path), "path": str(path)}
+        general = [
+            {"name": name, "command": f"upcycle {verb} {name}", "what": summary(path), "model": None, "path": str(path)}
             for verb in RECIPE_VERBS
             for name, path in shipped(verb).items()
+        ]
+        where = str(table_file())
+        return general + [
+            {
+                "name": one.name,
+                "command": f"upcycle convert {one.name}",
+                "what": one.what,
+                "model": one.model,
+                "path": where,
+            }
+            for one in model_recipes().values()
         ]
     found = []
     for name, plugin in plugins(kind).items():
@@ -66,6 +78,14 @@ def entries(kind: str) -> list[dict[str, Any]]:
             entry["holds"] = sorted(feature.value for feature in plugin.holds)
         found.append(entry)
     return found
+
+
+def models_with_recipes() -> list[list[str]]:
+    """Return a row for every model that has recipes of its own: its hub id, and their names."""
+    found: dict[str, list[str]] = {}
+    for one in model_recipes().values():
+        found.setdefault(one.source, []).append(one.name)
+    return [[source, ", ".join(names)] for source, names in found.items()]
 
 
 def matrix() -> list[list[str]]:
@@ -97,9 +117,9 @@ def plugin_table(kind: str) -> str:
         ]
         return markdown_table(header, rows)
     if kind == "recipes":
-        return markdown_table(
-            ["command", "what it does"], [[f"`{each['command']}`", each["what"]] for each in entries(kind)]
-        )
+        general = [[f"`{each['command']}`", each["what"]] for each in entries(kind) if each["model"] is None]
+        by_model = markdown_table(["model", "recipes"], models_with_recipes())
+        return f"{markdown_table(['command', 'what it does'], general)}\n\n{by_model}"
     return markdown_table(
         ["name", "what it is", "paper"],
         [[f"`{name}`", in_one_line(plugin), papers(plugin)] for name, plugin in plugins(kind).items()],

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import click
 
 from upcycle.cli.shared.options import common_options
-from upcycle.cli.shared.output import note, print_json_line, warn
+from upcycle.cli.shared.output import note, print_json_line, warn, working
 from upcycle.cli.verbs.generate import say_kernels, writing_options
 
 
@@ -42,7 +42,8 @@ def command(
     from upcycle.inference.chat import Conversation
     from upcycle.inference.generate import Writer
 
-    writer = Writer(model, layer, experts=not no_experts)
+    with working(f"loading {model}"):
+        writer = Writer(model, layer, experts=not no_experts)
     say_kernels(writer)
     conversation = Conversation(writer.tokenizer, writer.context, system)
     if not conversation.templated:

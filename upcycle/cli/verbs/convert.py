@@ -91,15 +91,30 @@ def carry_out(
     if dry_run:
         from upcycle.cli.verbs.plan import show_plan
 
-        show_plan(recipe, as_json)
+        show_plan(recipe, as_json, timed=not as_json)
         return
     from upcycle.conversion.convert import run_recipe
 
-    result = run_recipe(recipe, out, overwrite, restart, blueprint, ProgressBars(quiet))
+    progress = ProgressBars(quiet)
+    if not blueprint:
+        foretell(recipe, progress)
+    result = run_recipe(recipe, out, overwrite, restart, blueprint, progress)
     if as_json:
         print_json(result.as_dict())
         return
     print_facts(conversion_facts(result, out, recipe.source))
+
+
+def foretell(recipe: Recipe, progress: ProgressBars) -> None:
+    """Say how long a conversion will take that is worth a forecast: one that looks at text with a model that is not tiny."""
+    if not (progress.listens and recipe.calibration.texts):
+        return
+    from upcycle.evaluation.forecast.forecast import WORTH_IT, forecast_of, said
+
+    found = forecast_of(recipe, least=WORTH_IT)
+    if found is not None and not found.unknown:
+        progress.tell(f"about {said(found)}")
+        progress.expect(found.phases)
 
 
 def _check_not_a_source(out: Path, sources: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from upcycle.cli.shared.options import common_options
-from upcycle.cli.shared.output import note, print_json
+from upcycle.cli.shared.output import note, print_json, working
 from upcycle.errors import UsageError
 from upcycle.formatting import size
 
@@ -91,7 +91,9 @@ def command(
     from upcycle.cli.shared.coloured_tokens import ExpertText
     from upcycle.inference.generate import Writer
 
-    writer = Writer(model, layer, experts=not no_experts, memory=_memory(offload, memory))
+    most = _memory(offload, memory)
+    with working(f"loading {model}"):
+        writer = Writer(model, layer, experts=not no_experts, memory=most)
     stream = writer.write(writer.encode(prompt, image), tokens, temperature, seed)
     if as_json:
         written = [asdict(token) for token in stream]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -31,8 +32,14 @@ class _Plan(GroupedCommand):
 @click.command("plan", cls=_Plan, short_help="Print what a conversion would cost")
 @click.argument("source", required=False, shell_complete=recipe_names("convert", files=True))
 @recipe_options
+@click.option(
+    "--time/--no-time",
+    "timed",
+    default=None,
+    help="forecast how long the conversion takes on this machine, from a second of measurements  [default: unless --json]",
+)
 @common_options
-def command(source: str | None, as_json: bool, debug: bool, **flags: Any) -> None:
+def command(source: str | None, timed: bool | None, as_json: bool, debug: bool, **flags: Any) -> None:
     """Print what converting SOURCE would cost in parameters, compute, disk and memory, without reading a weight.
 
     SOURCE is a local folder, a hub id, a .gguf file, demo, a RECIPE.yaml, or the name of a recipe that comes with upcycle
@@ -41,18 +48,28 @@ def command(source: str | None, as_json: bool, debug: bool, **flags: Any) -> Non
     For what a training run needs, see upcycle plan train RECIPE --world 8xH100; for where the experts of a MoE are computed that lie
     in the host's memory, upcycle plan run MOE --observations FILE.
     """
-    show_plan(build_recipe(source, flags, None, note), as_json)
+    show_plan(build_recipe(source, flags, None, note), as_json, not as_json if timed is None else timed)
 
 
-def show_plan(recipe: Any, as_json: bool) -> None:
-    """Print the plan of a recipe (also ``convert --dry-run``)."""
+def show_plan(recipe: Any, as_json: bool, timed: bool) -> None:
+    """Print the plan of a recipe (also ``convert --dry-run``), and where it is ``timed``, how long the conversion takes."""
     from upcycle.conversion.jobs import job_of
 
     plan = job_of(recipe).cost()
+    found = None
+    if timed:
+        from upcycle.evaluation.forecast.forecast import forecast, said
+
+        found = forecast(recipe)
     if as_json:
-        print_json(plan.as_dict())
+        told = {"forecast": {"seconds": found.seconds, **asdict(found)}} if found else {}
+        print_json({**plan.as_dict(), **told})
         return
-    print_facts(plan_facts(plan))
+    facts = plan_facts(plan)
+    if found:
+        takes = f"not forecast: {found.unknown}" if found.unknown else f"about {said(found)}, on this machine"
+        facts.append(("to convert", takes))
+    print_facts(facts)
     if len(plan.shards) > 1:
         print_table(
             ["file", "size", "holds"],

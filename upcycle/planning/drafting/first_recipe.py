@@ -13,7 +13,6 @@ from typing import Literal, get_args
 from upcycle.architectures.dense.base import Feature
 from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import dump_yaml, parse_yaml
-from upcycle.files.user_paths import user_path
 from upcycle.planning.cost import Plan
 from upcycle.recipe.shipped_recipes import shipped
 from upcycle.registry import load
@@ -117,8 +116,6 @@ def commands(answers: Answers, recipe: str, context: int | None = None) -> list[
     if answers.train:
         with_what = "heal_distill" if answers.goal == "speed" else "upcycle_cpt"
         data = quote(f"data={','.join(answers.texts) or 'TEXT'}")
-        if _is_one_document(answers.texts):  # of which nothing can be held out
-            data = quote(f"data.domains.text={answers.texts[0]}") + " --set data.validation.fraction=0"
         rows = parse_yaml(shipped("train")[with_what].read_text(encoding="utf-8"), with_what, error=UsageError)[
             "length"
         ]
@@ -130,14 +127,6 @@ def commands(answers: Answers, recipe: str, context: int | None = None) -> list[
     if answers.engine != "transformers":
         found.append(f"upcycle verify {model} --with {answers.engine}")
     return found
-
-
-def _is_one_document(texts: tuple[str, ...]) -> bool:
-    """Return whether texts are a single plain file, which training takes as one document."""
-    if len(texts) != 1:
-        return False
-    path = user_path(texts[0])
-    return path.is_file() and path.suffix.lower() in ("", ".txt", ".md", ".rst")
 
 
 def _target(answers: Answers, targets: tuple[str, ...]) -> tuple[str | None, list[str]]:

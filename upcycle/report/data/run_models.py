@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import torch
 
 from upcycle.architectures.module_paths import text_config
 from upcycle.errors import UpcycleError, UsageError
+from upcycle.formatting import duration
 from upcycle.progress import SILENT, Progress
 from upcycle.report.data.models import Models
 from upcycle.report.data.routing import Choices
@@ -55,6 +57,8 @@ def run_models(models: Models, domains: Sequence[Domain], progress: Progress = S
     experts: dict[int, list[torch.Tensor]] = {layer.index: [] for layer in layers}
     inputs: dict[int, list[torch.Tensor]] = {layer.index: [] for layer in layers}
     wanted = -(-SAMPLE_TOKENS // len(domains))
+    if progress.listens:
+        _foretell(models, domains, progress)
     recorder = capture(model) if layers else None
     with progress.phase("reading texts", sum(len(domain.windows) for domain in domains)):
         for domain in domains:
@@ -82,6 +86,21 @@ def run_models(models: Models, domains: Sequence[Domain], progress: Progress = S
             names=[domain.name for domain in domains],
         )
     return Measurements(totals, layers, choices, why, {index: torch.cat(parts) for index, parts in inputs.items()})
+
+
+def _foretell(models: Models, domains: Sequence[Domain], progress: Progress) -> None:
+    """Say about how long all texts take, from how long one window takes."""
+    some = domains[0].windows[:1]
+    took = 0.0
+    for _ in range(2):  # the first time, much happens for the only time
+        started = time.monotonic()
+        for side in (models.model, models.reference):
+            if side is not None:
+                side.logits(some)
+        took = time.monotonic() - started
+    tokens = sum(domain.windows.numel() for domain in domains)
+    both = "both models" if models.reference else "the model"
+    progress.tell(f"reading {tokens:,} tokens with {both}: about {duration(took * tokens / some.numel())}")
 
 
 def _windows_per_batch(windows: torch.Tensor, model: Any) -> int:

@@ -8,7 +8,16 @@ import click
 
 from upcycle.cli.shared.options import common_options
 from upcycle.cli.shared.output import print_facts, print_json, print_line, print_markdown, print_table
-from upcycle.cli.shared.plugin_tables import LISTED_KINDS, SINGULAR, entries, in_one_line, matrix, plugin_table, plugins
+from upcycle.cli.shared.plugin_tables import (
+    LISTED_KINDS,
+    SINGULAR,
+    entries,
+    in_one_line,
+    matrix,
+    models_with_recipes,
+    plugin_table,
+    plugins,
+)
 from upcycle.errors import UsageError
 from upcycle.registry import DESCRIBED, OWN_TARGETS, suggestion
 
@@ -41,7 +50,12 @@ def command(kind: str | None, name: str | None, as_markdown: bool, as_json: bool
         print_json(listing)
         return
     for each, found in listing.items():
-        _print_listed(each, found, title=f"{'' if kind else chr(10)}{each}")
+        general = [entry for entry in found if not entry.get("model")]
+        _print_listed(each, general, title=f"{'' if kind else chr(10)}{each}")
+        if each == "recipes":
+            print_table(["model", "its recipes"], models_with_recipes(), title="\nfor models that many people have")
+            print_line()
+            print_line(f"upcycle convert {found[-1]['name']} OUT; --source converts another model of the same shape")
         if each == "families":
             header, *lines = matrix()
             legend = ", ".join(f"{number} {target}" for number, target in enumerate(header[1:], start=1))
@@ -58,7 +72,9 @@ def _print_listed(kind: str, found: list[dict[str, Any]], title: str) -> None:
     """Print one line for each, as far as the terminal allows: its name, and what it is."""
     what = {name: in_one_line(plugin) for name, plugin in plugins(kind).items()} if kind in ONE_LINE else {}
     columns = (
-        ["name", "what it is"] if what else [column for column in found[0] if column not in ("path", "parameters")]
+        ["name", "what it is"]
+        if what
+        else [column for column in found[0] if column not in ("path", "parameters", "model")]
     )
     rows = [
         [what[entry["name"]] if column == "what it is" else _text(entry[column]) for column in columns]

@@ -9,7 +9,9 @@ from upcycle.cli.shared.options import common_options
 from upcycle.cli.shared.output import print_json, print_markdown
 from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import parse_yaml
+from upcycle.recipe.model_recipes import model_recipes
 from upcycle.recipe.shipped_recipes import RECIPE_VERBS, shipped
+from upcycle.recipe.shipped_recipes import recipe_names as names_of_recipes
 from upcycle.registry import suggestion
 
 
@@ -27,18 +29,20 @@ def command(name: str, verb: str | None, as_json: bool, debug: bool) -> None:
     \b
     upcycle recipe split_50 > mine.yaml
     upcycle convert mine.yaml OUT --source ./llama
+    upcycle recipe qwen3-0.6b-split50
     upcycle recipe cumo --for train > stages.yaml
     """
     verbs = [each for each in RECIPE_VERBS if verb in (None, each)]
-    found = {each: shipped(each)[name] for each in verbs if name in shipped(each)}
+    found = {each: shipped(each)[name].read_text(encoding="utf-8") for each in verbs if name in shipped(each)}
+    if "convert" in verbs and name in model_recipes():
+        found["convert"] = model_recipes()[name].text
     if not found:
-        known = sorted({known for each in verbs for known in shipped(each)})
+        known = sorted({known for each in verbs for known in names_of_recipes(each)})
         raise UsageError(f"no such recipe: {name}", hint=suggestion(name, known))
     if len(found) > 1:
         commands = " or ".join(f"upcycle recipe {name} --for {each}" for each in found)
         raise UsageError(f"there are {len(found)} recipes '{name}', for {' and '.join(found)}", hint=commands)
-    path = next(iter(found.values()))
-    text = path.read_text(encoding="utf-8")
+    text = next(iter(found.values()))
     if as_json:
         print_json(parse_yaml(text, name, error=UsageError))
         return

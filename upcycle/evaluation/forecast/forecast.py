@@ -1,0 +1,169 @@
+"""Forecasts how long a conversion takes, phase by phase, from about a second of measurements on this machine."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from upcycle.conversion.jobs import job_of
+from upcycle.errors import UpcycleError
+from upcycle.evaluation.forecast.probes import (
+    LayerTimes,
+    clock,
+    comparison_seconds,
+    file_seconds,
+    layer_times,
+    product_seconds,
+)
+from upcycle.formatting import duration
+from upcycle.planning.cost import MOST_CACHE_BYTES
+from upcycle.planning.expert_job import ExpertJob
+from upcycle.planning.open_sources import all_local, open_sources
+from upcycle.progress import SILENT
+
+if TYPE_CHECKING:
+    from upcycle.planning.cost import Plan
+    from upcycle.recipe.conversion_recipe import Recipe
+
+WORTH_IT = 1e12  # parameters times calibration tokens: some ten seconds on a small processor
+_BESIDE = 1.25  # norms, rotations, softmax and sums beside a layer's matrix products
+_STREAMS = 5  # vectors that a calibrated layer writes and reads back for every token
+_PASSES = 4  # over activations that are too large to be kept
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Holds seconds by phase, as progress bars name them; ``unknown`` says why there are none."""
+
+    phases: dict[str, float]
+    unknown: str | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Return the sum of all phases."""
+        return sum(self.phases.values())
+
+
+def forecast(recipe: Recipe) -> Forecast:
+    """Forecast a conversion. What is opened and read before it begins is opened and read here, and timed.
+
+    Args:
+        recipe: the conversion's. A download is not forecast.
+
+    Raises:
+        UpcycleError: whatever the conversion would refuse before reading weights.
+    """
+    now = clock()
+    start = now()
+    job = job_of(recipe)
+    if reason := _unlike(recipe, job):
+        return Forecast({}, reason)
+    assert isinstance(job, ExpertJob)
+    tokens = _calibration_tokens(job)
+    opened = now() - start
+    return Forecast({"opening": opened, **_phases(job, tokens)})
+
+
+def forecast_of(recipe: Recipe, least: float = 0.0) -> Forecast | None:
+    """Forecast a conversion; None where it cannot be planned, as the conversion itself will say, or is shorter than it is worth.
+
+    Args:
+        recipe: the conversion's.
+        least: parameters times calibration tokens from which it is forecast.
+    """
+    try:
+        plan = job_of(recipe).cost()
+        return forecast(recipe) if plan.parameters_dense * plan.calibration_tokens >= least else None
+    except UpcycleError:
+        return None
+
+
+def said(found: Forecast) -> str:
+    """Return a forecast in words."""
+    parts = ", ".join(f"{title} {duration(seconds)}" for title, seconds in found.phases.items())
+    return f"{duration(found.seconds)} ({parts})"
+
+
+def calibrating_seconds(job: ExpertJob, tokens: int) -> float:
+    """Forecast the calibration of one job on so many tokens."""
+    product = product_seconds(1024, job.dense.hidden_size, job.dense.intermediate_size)
+    return _calibrating(job, tokens, _attention(job, product), layer_times(job), file_seconds()[1])
+
+
+def _unlike(recipe: Recipe, job: object) -> str | None:
+    """Return which kind of conversion this is, where nothing is known of its time."""
+    if not isinstance(job, ExpertJob) or job.method.kind not in ("copies", "partition", "overlap"):
+        return "only conversions of one model into experts are forecast"
+    if job.members or job.undecided or job.sampled or job.projections or job.router.walks:
+        return "what several sources or attention's projections take is not forecast"
+    if job.family.reads != "text" or job.family.encoder or job.family.pauses:
+        return "only decoders of text are forecast"
+    if job.calibrated and job.method.needs_gradients:
+        return "a pass backward through the model is not forecast"
+    return None
+
+
+def _calibration_tokens(job: ExpertJob) -> int:
+    """Return how many tokens the calibration texts hold, of those that are wanted."""
+    if not job.calibrated:
+        return 0
+    if not all_local(job.recipe):
+        return job.recipe.calibration.tokens
+    from upcycle.calibration.read_tokens import calibration_windows
+
+    windows, own = calibration_windows(job, open_sources(job.recipe, job.method), SILENT)
+    window = min(job.recipe.calibration.window, job.context)
+    return (0 if windows is None else windows.numel()) + (own.windows * window if own else 0)
+
+
+def _phases(job: ExpertJob, tokens: int) -> dict[str, float]:
+    plan, dense = job.cost(), job.dense
+    times = layer_times(job)
+    product = product_seconds(1024, dense.hidden_size, dense.intermediate_size)
+    written, streamed = file_seconds()
+    attention = _attention(job, product)
+    found = {}
+    if tokens:
+        found["calibrating"] = _calibrating(job, tokens, attention, times, streamed)
+    found["converting"] = plan.bytes_output * (written + streamed / 2)
+    if job.recipe.verification.enabled:
+        found["verifying"] = _verifying(job, plan, attention, times.ffn, product, streamed)
+    return found
+
+
+def _attention(job: ExpertJob, product: float) -> float:
+    """Return the seconds per token of a layer without its FFN."""
+    dense, layer = job.dense, job.shape.moe_layers[0]
+    weights = sum(math.prod(shape) for shape in job.family.stored_specs(dense, layer).values())
+    form = job.shape.at(layer).form
+    ffn = len(form.matrices) * dense.hidden_size * dense.intermediate_size
+    scores = 2 * job.recipe.calibration.window * dense.num_attention_heads * dense.head_dim
+    return _BESIDE * product * (max(0, weights - ffn) + scores)
+
+
+def _calibrating(job: ExpertJob, tokens: int, attention: float, times: LayerTimes, streamed: float) -> float:
+    """Return the seconds of a calibration up to the last layer that becomes experts."""
+    dense = job.dense
+    moved = 4 * dense.hidden_size * streamed
+    plain = attention + times.ffn + moved
+    decided = attention + times.ffn + times.token + _STREAMS * moved
+    if job.calibration_mode == "sequential":  # the dense model runs beside the converted one
+        decided += attention
+    if 4 * tokens * (dense.hidden_size + dense.intermediate_size) > MOST_CACHE_BYTES:
+        decided += _PASSES * times.ffn
+    converted = len(job.shape.moe_layers)
+    others = max(job.shape.moe_layers) + 1 - converted
+    return tokens * (converted * decided + others * plain) + converted * times.fixed
+
+
+def _verifying(job: ExpertJob, plan: Plan, attention: float, ffn: float, product: float, streamed: float) -> float:
+    """Return the seconds of reading a text with both models, and of loading them."""
+    dense = job.dense
+    head = product * dense.hidden_size * dense.vocab_size
+    passing = dense.num_hidden_layers * (attention + ffn) + head
+    both = passing * (1 + plan.flops_per_token / plan.flops_per_token_dense)
+    compared = comparison_seconds(dense.vocab_size) * dense.vocab_size
+    texts = 2 if job.calibrated and job.promise[0] == "approximate" else 1  # of another kind, too
+    loaded = 2 * (plan.bytes_dense + plan.bytes_output) * streamed
+    return job.recipe.verification.tokens * texts * (both + compared) + loaded

@@ -1,0 +1,176 @@
+"""Times small pieces of a conversion on this machine, with random weights: how long they take depends on their shapes alone.
+
+All of them together take about a second for a layer of 2,000 neurons. Of larger layers a part is timed, whose time is scaled up: work
+per token by its matrix products, work per layer (factorisations) by the cube of the width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryFile
+from time import perf_counter, process_time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import linear, log_softmax
+
+from upcycle.calibration.decide_layer import decide_layer
+from upcycle.ffn.activations import HELD_OUT_EVERY, Activations
+from upcycle.ffn.feed_forward import FeedForward
+from upcycle.ffn.neurons import Neurons
+
+if TYPE_CHECKING:
+    from upcycle.planning.expert_job import ExpertJob
+
+_WIDEST = 2048  # neurons of a layer that is timed whole
+_TOKENS = 1024  # that a pass is timed on
+_FEW, _MANY = 1024, 3072  # tokens that a layer is decided on, to tell what each of them costs from what the layer does
+_FILE = 1 << 25  # bytes
+_SPREAD = 0.02  # of random weights
+Clock = Callable[[], float]
+
+
+def clock() -> Clock:
+    """Return the clock to time with: the process's own where it has one thread, which other processes cannot lengthen."""
+    return process_time if torch.get_num_threads() == 1 else perf_counter
+
+
+def seconds(work: Callable[[], object], repeats: int = 3) -> float:
+    """Return the least time that some work takes in so many times."""
+    now, times = clock(), []
+    for _ in range(repeats):
+        start = now()
+        work()
+        times.append(now() - start)
+    return min(times)
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """Holds seconds of one decoder layer.
+
+    Attributes:
+        ffn: of a pass through its FFN, per token.
+        token: of deciding it, per calibration token.
+        fixed: of deciding it, whatever the tokens.
+    """
+
+    ffn: float
+    token: float
+    fixed: float
+
+
+def layer_times(job: ExpertJob) -> LayerTimes:
+    """Time a layer's FFN, and where it is calibrated, how long deciding it takes."""
+    job, by = _narrowed(job)
+    layer = job.shape.moe_layers[0]
+    ffn = _random_ffn(job, layer)
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(_MANY, job.dense.hidden_size, generator=rng)
+    with torch.no_grad():
+        passing = seconds(lambda: linear(Neurons(ffn)(x[:_TOKENS]), ffn.down.float())) / _TOKENS
+        if not job.calibrated:
+            return LayerTimes(passing * by**2, 0.0, 0.0)
+        few, many = (seconds(lambda t=tokens: _decide(job, ffn, x[:t]), 1) for tokens in (_FEW, _MANY))
+    token = max(0.0, many - few) / (_MANY - _FEW)
+    return LayerTimes(passing * by**2, token * by**2, max(0.0, few - _FEW * token) * by**3)
+
+
+def _decide(job: ExpertJob, ffn: FeedForward, x: torch.Tensor) -> None:
+    """Decide a layer on some tokens as a conversion does on all of them, and compute what it puts out."""
+    job = _fewer_tokens(job, len(x) / job.recipe.calibration.tokens)
+    batch = len(x) // HELD_OUT_EVERY
+    activations = Activations.of(ffn, x, batch, cache_bytes=1 << 30)
+    made = [linear(piece.hidden, ffn.down.float()) for piece in activations.batches()]
+
+    def targets() -> Iterator[torch.Tensor]:
+        return iter(made)
+
+    decision = decide_layer(job, ffn, activations, targets)
+    if job.calibration_mode == "sequential":
+        for _ in decision.outputs.on_calibration():
+            pass
+
+
+def _fewer_tokens(job: ExpertJob, share: float) -> ExpertJob:
+    """Return the job with every number of tokens that method and router look at cut to that share."""
+    changed: dict[str, Any] = {}
+    for key in ("method", "router"):
+        plugin = getattr(job, key)
+        if isinstance(tokens := getattr(plugin.parameters, "tokens", None), int):
+            fewer = plugin.parameters.model_copy(update={"tokens": max(16, round(tokens * share))})
+            changed[key] = type(plugin)(fewer)
+    return replace(job, **changed)
+
+
+def _narrowed(job: ExpertJob) -> tuple[ExpertJob, int]:
+    """Return the job for a layer that is not too wide to be timed, and by how much it is narrower."""
+    by = 1
+    while job.dense.intermediate_size // by > _WIDEST and not (job.shape.expert_size // by) % 32:
+        by *= 2
+    if by == 1:
+        return job, 1
+    dense = replace(
+        job.dense, hidden_size=job.dense.hidden_size // by, intermediate_size=job.dense.intermediate_size // by
+    )
+    return replace(job, dense=dense, shape=replace(job.shape, expert_size=job.shape.expert_size // by)), by
+
+
+def _random_ffn(job: ExpertJob, layer: int) -> FeedForward:
+    dense = job.dense.at(layer)
+    d, neurons = dense.hidden_size, dense.intermediate_size
+    rng = torch.Generator().manual_seed(0)
+    dtype = getattr(torch, job.dtype)
+
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=rng).mul_(_SPREAD).to(dtype)
+
+    form = job.shape.at(layer).form
+    biases = {
+        f"{name}_bias": torch.zeros(d if name == "down" else neurons, dtype=dtype)
+        for name in ("gate", "up", "down")
+        if name in form.biases
+    }
+    gate = matrix(neurons, d) if form.gated else None
+    return FeedForward(
+        layer, gate, matrix(neurons, d), matrix(d, neurons), torch.ones(d, dtype=dtype), form.activation, **biases
+    )
+
+
+def product_seconds(rows: int, inner: int, columns: int) -> float:
+    """Return the seconds of one multiplication in an fp32 matrix product of about these sizes."""
+    inner, columns = min(inner, 4096), min(columns, 8192)
+    a, b = torch.randn(rows, inner), torch.randn(columns, inner)
+    return seconds(lambda: linear(a, b)) / (rows * inner * columns)
+
+
+def comparison_seconds(vocab: int) -> float:
+    """Return the seconds per token and entry of the vocabulary of comparing two models' logits."""
+    columns = min(vocab, 8192)
+    a, b = torch.randn(256, columns), torch.randn(256, columns)
+
+    def compare() -> torch.Tensor:
+        one, other = log_softmax(a, 1), log_softmax(b, 1)
+        return (one.exp() * (one - other)).sum() + (a - b).double().square().sum()
+
+    return seconds(compare) / (256 * columns)
+
+
+def file_seconds(folder: Path | None = None) -> tuple[float, float]:
+    """Return the seconds per byte of writing and hashing weights, and of writing and reading a file, both in ``folder``."""
+    block = torch.empty(_FILE, dtype=torch.uint8).random_().numpy().data
+
+    def write() -> None:
+        with suppress(OSError), TemporaryFile(dir=folder, buffering=0) as file:
+            file.write(block)
+            file.seek(0)
+            while file.read(1 << 22):
+                pass
+
+    hashed = seconds(lambda: hashlib.sha256(block).digest(), 2) / _FILE
+    written = seconds(write, 2) / _FILE
+    return hashed + written, written
