@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test long lint types check kernels slow real browser benchmark quality training serving reference recipes docs dist clean
+.PHONY: demo test long lint types check kernels slow real browser benchmark quality training serving reference recipes pictures docs dist clean
 
 demo: $(READY)          # convert the embedded model four ways and verify each
 	$(BIN)/upcycle demo demo-out
@@ -65,6 +65,9 @@ reference: $(READY)     # the pages of docs/reference, from the code; a test say
 
 recipes: $(READY)       # configs/models/table.yaml, the recipes for models that people have, from their configurations
 	$(BIN)/python -P tests/support/model_recipe_table.py
+
+pictures: $(READY)      # screenshots and the recorded terminal of the documentation; about ten minutes (apt-get install chromium)
+	$(BIN)/python -P tests/support/pictures.py docs/images
 
 docs: $(READY)          # the documentation as a site in site/, with search; a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

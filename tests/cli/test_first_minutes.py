@@ -42,6 +42,13 @@ def completions(*words: str) -> list[str]:
     return [line.partition(",")[2] for line in done.stdout.splitlines() if line.startswith("plain,")]
 
 
+@pytest.mark.parametrize("columns", [60, 100])
+def test_no_line_of_the_first_help_is_wider_than_the_terminal(columns: int) -> None:
+    out = CliRunner().invoke(cli, ["--help"], terminal_width=columns).output
+    assert max(map(len, out.splitlines())) <= columns
+    assert ("--experts 8\n      see what" in out) == (columns == 60)
+
+
 def test_upcycle_alone_prints_all_verbs_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = ended(capsys)
     assert (code, err) == (0, "")

@@ -1,26 +1,25 @@
 """Walks through upcycle as somebody would who knows no more than what the screen says: every command was named by an output before it.
 
-python -P tests/support/journeys.py docs/measured/journeys.md
+python -P tests/support/journeys.py docs/measured/journeys.md [--fresh]
+
+With ``--fresh``, each begins with a new virtual environment, into which this clone is installed; in any case the home folder is empty.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import os
-import pty
 import re
-import select
-import struct
 import subprocess
 import sys
 import tempfile
-import termios
 from collections.abc import Mapping, Sequence
-from fcntl import ioctl
 from pathlib import Path
 from time import monotonic
 
-ROWS, COLUMNS = 40, 100
+from terminal import in_terminal
+
+ROOT = Path(__file__).resolve().parents[2]
 _COMMAND = re.compile(r"upcycle [a-z][^\n]*")
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][A-Z0-9]|\r")
 
@@ -36,12 +35,12 @@ class Journey:
         folder: where the commands run.
         seen: everything that was printed so far, without control characters.
         transcript: the same with prompts, as Markdown.
+        began: when, of the monotonic clock.
     """
 
-    def __init__(self, title: str, folder: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, title: str, folder: Path, environment: Mapping[str, str], python: str = sys.executable) -> None:
         self.folder, self.seen, self.transcript = folder, "", [f"## {title}"]
-        self._environment = {**os.environ, **environment, "TERM": "xterm", "COLUMNS": str(COLUMNS)}
-        self._environment.pop("CI", None)
+        self._environment, self._python = environment, python
         self.began = monotonic()
 
     def first(self, command: str, answers: Sequence[str] = ()) -> str:
@@ -72,34 +71,12 @@ class Journey:
     def _run(self, command: str, answers: Sequence[str]) -> str:
         """Run a command in a pseudo-terminal, and type the answers, one for each question."""
         self._last = command
-        main, other = pty.openpty()
-        ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
-        words = [sys.executable, "-P", "-m", "upcycle", *command.split()[1:]]
-        process = subprocess.Popen(
-            words, cwd=self.folder, env=self._environment, stdin=other, stdout=other, stderr=other, close_fds=True
-        )
-        os.close(other)
-        printed, waiting = b"", list(answers)
-        while True:
-            ready, _, _ = select.select([main], [], [], 0.2)
-            if ready:
-                try:
-                    block = os.read(main, 65536)
-                except OSError:  # Linux says so when the other end is closed
-                    break
-                printed += block
-                asked = printed.rstrip(b" ").endswith(b":")
-                if waiting and asked and re.search(rb"\d/\d [^\n]*$", printed):
-                    os.write(main, (waiting.pop(0) + "\n").encode())
-            elif process.poll() is not None:
-                break
-        os.close(main)
-        text = _CONTROL.sub("", printed.decode("utf-8", "replace"))
+        printed = in_terminal(command, self.folder, self._environment, answers, python=self._python)
+        text = _CONTROL.sub("", printed.text)
         text = "\n".join(line.rstrip() for line in text.split("\n") if not re.search(r"━|Loading weights", line)).strip(
             "\n"
         )
-        assert process.wait() == 0, f"{command} ended with {process.returncode}:\n{text}"
-        assert not waiting, f"{command} did not ask for {waiting}"
+        assert printed.status == 0, f"{command} ended with {printed.status}:\n{text}"
         self.seen += f"\n{text}\n"
         self.transcript += ["```console", f"$ {command}", text, "```"]
         return text
@@ -157,8 +134,27 @@ JOURNEYS = {
 ABOUT = """# Three journeys
 
 What somebody types who knows `upcycle` alone, and what the terminal answers: every command was named by an output before it. The
-model is the demo, training is cut to a few steps (`--set`), and the hub is one on this machine. A test makes them, too; this page is
-by `python -P tests/support/journeys.py docs/measured/journeys.md`."""
+model is the demo, training is cut to a few steps (`--set`), and the hub is one on this machine. A test makes them, too. This page is
+by `python -P tests/support/journeys.py docs/measured/journeys.md{how}`.
+
+| journey | commands | minutes |
+|---|---:|---:|
+{table}
+
+{start}"""
+INSTALLED = """Each began with an empty home folder and a new virtual environment, into which `pip install '.[train,report]'` installed
+a clone ({minutes:.1f} minutes, which are counted), on two cores."""
+HERE = "Each began in an empty folder with an empty home folder; upcycle was installed before."
+
+
+def installed(folder: Path) -> str:
+    """Return the Python of a new virtual environment in ``folder`` that has upcycle, as its README says to install it."""
+    python = folder / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    for what in ("torch", f"{ROOT}[train,report]"):
+        pip = [python, "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt", what]
+        subprocess.run(pip, check=True, stdout=sys.stderr)
+    return str(python)
 
 
 def rows(path: Path, text: str) -> None:
@@ -184,25 +180,41 @@ def prepared(folder: Path, title: str) -> None:
         upcycle.export(folder / f"{name}-run", folder / name)
 
 
-def walk(title: str, folder: Path, hub_url: str, token: str) -> Journey:
-    """Make one journey to its end."""
+def walk(title: str, folder: Path, hub_url: str, token: str, python: str = sys.executable) -> Journey:
+    """Make one journey to its end, from an empty home folder."""
     prepared(folder, title)
-    journey = Journey(title, folder, {"HF_ENDPOINT": hub_url, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1"})
-    JOURNEYS[title](journey)
+    with tempfile.TemporaryDirectory(prefix="home-") as home:
+        hub = {"HF_ENDPOINT": hub_url, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1", "HOME": home, "HF_HOME": home}
+        journey = Journey(title, folder, hub, python)
+        JOURNEYS[title](journey)
     return journey
 
 
 def main() -> None:
+    """Make all of them, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("page", type=Path)
+    parser.add_argument("--fresh", action="store_true", help="install upcycle into a new environment first")
+    options = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     from hub_server import TOKEN, HubServer
 
-    pages = [ABOUT]
+    parts, table, installing = [], [], 0.0
     for title in JOURNEYS:
-        with tempfile.TemporaryDirectory() as folder, HubServer().running() as hub:
-            journey = walk(title, Path(folder), hub.url, TOKEN)
+        with tempfile.TemporaryDirectory() as place, HubServer().running() as hub:
+            began, folder = monotonic(), Path(place) / "work"
+            folder.mkdir()
+            python = installed(Path(place) / "venv") if options.fresh else sys.executable
+            installing = max(installing, monotonic() - began)
+            journey = walk(title, folder, hub.url, TOKEN, python)
+            minutes, commands = (monotonic() - began) / 60, sum(line.startswith("$ ") for line in journey.transcript)
+            table.append(f"| {title} | {commands} | {minutes:.1f} |")
             lines = "\n\n".join(["\n".join(journey.transcript[:1]), "\n".join(journey.transcript[1:])])
-            pages.append(lines.replace(hub.url, "https://hub.example").replace(folder, "."))
-    Path(sys.argv[1]).write_text("\n\n".join(pages) + "\n", encoding="utf-8")
+            parts.append(lines.replace(hub.url, "https://hub.example").replace(str(folder), "."))
+            print(table[-1], file=sys.stderr, flush=True)
+    start = INSTALLED.format(minutes=installing / 60) if options.fresh else HERE
+    about = ABOUT.format(how=" --fresh" if options.fresh else "", table="\n".join(table), start=start)
+    options.page.write_text("\n\n".join([about, *parts]) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

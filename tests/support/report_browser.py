@@ -81,8 +81,12 @@ class Browser:
         script: str = "0",
         picture: bool = False,
         whole: bool = False,
+        scale: int = 1,
     ) -> Page:
-        """Open ``url``, evaluate ``script`` when it has loaded, and take a picture of the window or the whole page."""
+        """Open ``url``, evaluate ``script`` when it has loaded, and take a picture of the window or the whole page.
+
+        ``scale`` is how many device pixels a CSS pixel has.
+        """
         page = Page()
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
         session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -92,7 +96,8 @@ class Browser:
 
         for domain in ("Page", "Network", "Log", "Runtime"):
             call(f"{domain}.enable")
-        call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        screen = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": width < 600}
+        call("Emulation.setDeviceMetricsOverride", **screen)
         call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         call("Page.navigate", url=url)
         while not self._event("Page.loadEventFired", page):

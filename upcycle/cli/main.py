@@ -6,9 +6,11 @@ import os
 import sys
 from difflib import get_close_matches
 from importlib import import_module
+from inspect import cleandoc
 
 import click
 
+from upcycle.cli.shared.grouped_help import fitted
 from upcycle.cli.shared.output import (
     flush_streams,
     prepare_streams,
@@ -98,6 +100,12 @@ class _Verbs(click.Group):
             meant = f"did you mean '{near[0]}'? " if near else ""
             raise UsageError(f"no such command: {args[0]}", hint=f"{meant}all of them: upcycle --help")
         return super().resolve_command(ctx, args)
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the text, with the examples as wide as the terminal."""
+        formatter.write_paragraph()
+        with formatter.indentation():
+            formatter.write_text(fitted(cleandoc(self.help or ""), formatter.width - formatter.current_indent))
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the verbs, each below what it is for."""

@@ -22,7 +22,7 @@ from upcycle.report.sections.routing import routing_view
 from upcycle.report.sections.speed import speed_view
 from upcycle.report.sections.summary import summary_view
 from upcycle.report.sections.tasks import tasks_view
-from upcycle.report.sections.terms import explained
+from upcycle.report.sections.terms import explained, typed
 from upcycle.report.sections.training import training_view
 from upcycle.version import __version__
 
@@ -66,6 +66,7 @@ def _drawn(template: str, out: str, **content: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters["explained"] = explained
+    environment.filters["typed"] = typed
     script = (_TEMPLATES / "script.js").read_text(encoding="utf-8")
     digest = hashlib.sha256(f"\n{script}\n".encode()).digest()
     return environment.get_template(template).render(

@@ -74,6 +74,16 @@ def test_load_balance_and_specialisation() -> None:
     assert shown["router_cosine"][1][2] == pytest.approx(cosines[1, 2], abs=1e-4)
 
 
+
+def test_rows_that_all_point_away_from_each_other_are_not_alike() -> None:
+    """No row is compared with itself, which is as near as rows can be."""
+    rows = torch.eye(E) - 1 / E  # the corners of a simplex: every cosine is -1 / (E - 1)
+    (layer,) = routing_data(draw(), {0: rows}, str)["layers"]
+    first, second = layer["router_closest"]["experts"]
+    assert first != second
+    assert layer["router_closest"]["cosine"] == pytest.approx(-1 / (E - 1))
+
+
 def test_coselection() -> None:
     choices = draw()
     picks, ratios = choices.experts[0].tolist(), coselection(choices, 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import click
 
 MOST_IN_ONE = 14  # a command with as many options or fewer prints them as one list
@@ -19,6 +21,15 @@ OPTION_GROUPS = {
     "Verification": "verification__text verification__tokens no_verify",
     "The run": "dry_run seed set_ quiet as_json debug help",
 }
+
+
+_EXAMPLE = re.compile(r"^(upcycle .*?\S)  +(\S.*)$", re.MULTILINE)
+
+
+def fitted(text: str, width: int) -> str:
+    """Return a help text whose examples have what they do beside them, or below them where a line is longer than ``width``."""
+    longest = max((len(found[0]) for found in _EXAMPLE.finditer(text)), default=0)
+    return text if longest <= width else _EXAMPLE.sub(r"\1\n    \2", text)
 
 
 class GroupedCommand(click.Command):

@@ -76,7 +76,8 @@ def _layer(choices: Choices, layer: int, rows: torch.Tensor) -> dict[str, Any]:
     share = counts.double() / counts.sum().clamp(min=1)
     cosine = row_cosine(rows)
     off = cosine - torch.eye(experts, dtype=cosine.dtype)
-    pair = divmod(int(off.argmax()), experts)
+    # Where all rows point away from each other, 0 would be the largest: no row is compared with itself.
+    pair = divmod(int(cosine.clone().fill_diagonal_(-2.0).argmax()), experts)
     return {
         "experts": experts,
         "top_k": picks.shape[1],

@@ -27,3 +27,10 @@ def explained(text: object) -> Markup:
     return Markup(
         _FOUND.sub(lambda found: f'<abbr title="{escape(TERMS[found[1]])}">{found[1]}</abbr>', plain, count=1)
     )
+
+
+def typed(command: str) -> Markup:
+    """Return a command that is broken between its words only: a browser breaks at hyphens, and ``--`` of an option is left behind."""
+    return Markup("<code>{}</code>").format(
+        Markup(" ").join(Markup("<span>{}</span>").format(word) for word in command.split())
+    )
