@@ -37,6 +37,7 @@ from upcycle.trainers.distributed.ranks import Ranks, first_rank, process_group
 from upcycle.trainers.distributed.signals import StopSignals
 from upcycle.trainers.forecast.flops import measured_peak
 from upcycle.trainers.optimizing.optimizers import set_rates
+from upcycle.trainers.pictures.pictures import pictures_of
 from upcycle.trainers.recipe.data_recipe import DataRecipe
 from upcycle.trainers.recipe.training_recipe import TrainRecipe, parse_train_recipe, read_train_recipe
 from upcycle.trainers.routing.stock_routers import moe_layers
@@ -125,7 +126,7 @@ class _Run:
         self.folder = user_path(recipe.output)
         self.small = small_files(self.folder)
         self.origin = locate(recipe.model).path
-        self.tokenizer = tokenizer_of(self.origin)
+        self.tokenizer, self.pictures = tokenizer_of(self.origin), pictures_of(self.origin)
         self._check_inputs()
         self.identity = run_identity(recipe, self.origin)
         ranks.require_same("the recipe", {**self.identity, "batches": [recipe.micro_batch, recipe.global_batch]})
@@ -148,7 +149,9 @@ class _Run:
             data = stage.data or self.recipe.data
             preferences = next((found for before, found in checked if before == data), None)
             if preferences is None:
-                preferences = check_data(data, self.tokenizer, self.recipe.length, self.say, self.ranks.rank, masks)
+                preferences = check_data(
+                    data, self.tokenizer, self.recipe.length, self.say, self.ranks.rank, masks, self.pictures
+                )
                 checked.append((data, preferences))
             check_preferences(stage, preferences)
             parents = {reference_parent(data, self.origin)}
@@ -230,7 +233,7 @@ class _Run:
             if done == self.recipe.steps_of(recipe):
                 continue
             warnings: list[str] = []
-            stage = Stage(self.recipe, recipe, self.origin, saved, resumed, self.ranks, self.tokenizer)
+            stage = Stage(self.recipe, recipe, self.origin, saved, resumed, self.ranks, self.tokenizer, self.pictures)
             if saved and resumed:
                 warnings = stage.load_state(saved.state)
             elif saved and recipe.data == self.recipe.stages[index - 1].data:
@@ -259,6 +262,7 @@ class _Run:
             stage.stepper.control.step = number
             rate = set_rates(stage.engine.optimizer, stage.schedule(number))
             batches = [on_device(stage.stream.next_batch(), self.ranks.device) for _ in range(stage.passes)]
+            progress.warn(self.pictures.news() if self.pictures else ())
             result = stage.stepper.step(stage.engine, batches, number / stage.steps)
             progress.count_step(result)
             seconds = time.perf_counter() - started
