@@ -68,6 +68,7 @@ class Pictures:
         self.bad: list[str] = []
         self.most_bad = 0
         self._told = 0
+        self._lost: set[str] = set()
 
     @cached_property
     def processor(self) -> Any:
@@ -157,8 +158,10 @@ class Pictures:
             except PictureError as error:
                 lost.append(place)
                 images.append(self._blank(picture))
-                self.bad.append(str(error))
-                self._check_bad()
+                if picture.path not in self._lost:
+                    self._lost.add(picture.path)
+                    self.bad.append(str(error))
+                    self._check_bad()
         made = self._processed(self.token * len(images), images)
         tensors = {
             name: value
@@ -180,9 +183,7 @@ class Pictures:
         if len(self.bad) <= self.most_bad:
             return
         raise UsageError(
-            f"{self.bad[-1]}, and so could {len(self.bad) - 1:,} others not in this run (data.bad_images: {self.most_bad})"
-            if len(self.bad) > 1
-            else f"{self.bad[-1]} (data.bad_images: {self.most_bad})",
+            f"{self.bad[-1]}; it is number {len(self.bad):,} in this run, and data.bad_images is {self.most_bad}",
             hint="put it back or mend it, then run the same command again to continue; or raise data.bad_images",
         )
 

@@ -180,7 +180,7 @@ class Stage:
         balance, adapter = self.stepper.balance, self.recipe.adapter
         return {
             **({"adapter": description(self.model, adapter, self.recipe.model)} if adapter else {}),
-            "losses": {loss.name: loss.state() for loss in self.stepper.losses},
+            "losses": {loss.label: loss.state() for loss in self.stepper.losses},
             "balance": balance.state() if balance else None,
             "data": self.stream.state(),
         }
@@ -188,7 +188,7 @@ class Stage:
     def load_state(self, state: dict[str, Any]) -> list[str]:
         """Continue from :meth:`state`; returns a sentence for every file of the data that has changed since."""
         for loss in self.stepper.losses:
-            loss.load_state(state["losses"].get(loss.name, {}))
+            loss.load_state(state["losses"].get(loss.label, {}))
         if self.stepper.balance and state["balance"]:
             self.stepper.balance.load_state(state["balance"])
         return self.stream.restore(state["data"])
