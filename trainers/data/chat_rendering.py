@@ -173,11 +173,12 @@ def _check_whole(messages: Sequence[Any], text: str, answers: Sequence[Span], na
     learned = [text[slice(*span)] for span in answers]
     at = 0
     for number, message in enumerate(messages, start=1):
-        for said in (str(part).strip() for part in texts_in(message.get("content", ""))):
+        answer_of = message["role"] == ANSWERS
+        parts = (str(part).rpartition(_THOUGHT)[2] if answer_of else str(part) for part in texts_in(message.get("content", "")))
+        for said in map(str.strip, parts):
             if not said or message["role"] in ("tool", "function"):  # results of tools are often written as JSON
                 continue
-            if message["role"] == ANSWERS:
-                said = said.rpartition(_THOUGHT)[2].strip()
+            if answer_of:
                 there = any(said in answer for answer in learned)
             elif message["role"] == "user":
                 found = text.find(said, at)

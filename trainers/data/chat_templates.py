@@ -65,7 +65,9 @@ def find_template(tokenizer: Any, named: str | None, processor: Any = None) -> C
             ``chatml``.
     """
     if named is None:
-        source = getattr(processor, "chat_template", None) if getattr(tokenizer, "chat_template", None) is None else None
+        source = (
+            getattr(processor, "chat_template", None) if getattr(tokenizer, "chat_template", None) is None else None
+        )
         if isinstance(source, str):
             return ChatTemplate(source, "the processor's chat template", own=True)
         return _own(tokenizer)

@@ -126,9 +126,7 @@ class ExampleEncoder(Encoder):
             closed = each.text.rstrip().endswith(str(self._tokenizer.eos_token)) if self._tail else True
             last = bool(example.taught[-1])
             tail = [] if closed else self._tail
-            result.append(
-                self._encoded(example, each.text, [*ids, *tail], [*learned.tolist(), *[last] * len(tail)])
-            )
+            result.append(self._encoded(example, each.text, [*ids, *tail], [*learned.tolist(), *[last] * len(tail)]))
         return result
 
     def _plain(self, examples: list[Example]) -> list[_Encoded | Broken]:

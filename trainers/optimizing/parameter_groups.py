@@ -91,9 +91,10 @@ def select(model: nn.Module, trained: Sequence[str]) -> dict[str, ParameterPart]
         matching = {name for name in named if word in words[name] or fnmatchcase(name, word)}
         if not matching:
             examples = ", ".join(sorted(named)[:3])
+            known = ", ".join((*PARTS, *(PART_NAMES if reads_images(model) else ())))
             raise UsageError(
                 f"train: '{word}' matches no parameter",
-                hint=f"use all, {', '.join((*PARTS, *(PART_NAMES if reads_images(model) else ())))}, or a pattern with * of names such as {examples}",
+                hint=f"use all, {known}, or a pattern with * of names such as {examples}",
             )
         chosen |= matching
     for name, parameter in model.named_parameters():

@@ -34,7 +34,9 @@ class PictureIds:
         return [
             replace(
                 example,
-                messages=tuple({**m, "content": flat(m["content"], token)} if "content" in m else m for m in example.messages),
+                messages=tuple(
+                    {**m, "content": flat(m["content"], token)} if "content" in m else m for m in example.messages
+                ),
             )
             if example.images
             else example
@@ -61,7 +63,11 @@ class PictureIds:
         if marks != len(example.images):
             raise PictureError(
                 f"{len(example.images)} images, and {marks} marks ({self._pictures.token}) in what the template writes"
-                + ("; images are named in columns (image, images) or in parts of messages" if not example.images else "")
+                + (
+                    "; images are named in columns (image, images) or in parts of messages"
+                    if not example.images
+                    else ""
+                )
             )
         if not marks:
             return ids, learned, ()

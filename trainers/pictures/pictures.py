@@ -164,9 +164,7 @@ class Pictures:
                     self._check_bad()
         made = self._processed(self.token * len(images), images)
         tensors = {
-            name: value
-            for name, value in made.items()
-            if isinstance(value, torch.Tensor) and name not in _OF_TEXT
+            name: value for name, value in made.items() if isinstance(value, torch.Tensor) and name not in _OF_TEXT
         }
         return tensors, lost
 

@@ -150,9 +150,7 @@ def with_absent(
             logits, weights = (torch.zeros(0, n, dtype=dtype, device=device) for n in (layer.rule.experts, columns))
             ids = torch.zeros(0, columns, dtype=torch.int64, device=device)
             real = torch.zeros(0, 1, dtype=torch.bool, device=device)
-            found.append(
-                RouterRecord(layer.index, logits, weights, ids, layer.rule, part=layer.part, own_real=real)
-            )
+            found.append(RouterRecord(layer.index, logits, weights, ids, layer.rule, part=layer.part, own_real=real))
     return sorted(found, key=lambda record: record.layer)
 
 

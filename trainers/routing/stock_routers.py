@@ -34,7 +34,9 @@ _ASKED = 64  # random tokens that an unknown router is asked about
 class RouterPlace:
     """Where one router of a stock model is: the layer's index, the block with the experts, and the router in it.
 
-    ``part`` is the part of the model that it is in. ``beside`` are blocks whose outputs are added to this one's: shared experts, in some architectures. DeepSpeed's AutoEP
+    ``part`` is the part of the model that it is in.
+
+    ``beside`` are blocks whose outputs are added to this one's: shared experts, in some architectures. DeepSpeed's AutoEP
     replaces blocks by its own: ``parallel``. Their experts are divided among ranks.
     """
 

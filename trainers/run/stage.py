@@ -40,6 +40,7 @@ from upcycle.trainers.optimizing.optimizers import make_optimizer, state_keys
 from upcycle.trainers.optimizing.parameter_groups import frozen_parts, groups, select
 from upcycle.trainers.optimizing.router_rates import router_warning
 from upcycle.trainers.pictures.pictures import Pictures
+from upcycle.trainers.recipe.data_recipe import DataRecipe
 from upcycle.trainers.recipe.part_recipes import ControlParameters
 from upcycle.trainers.recipe.training_recipe import DistillationRecipe, StageRecipe, TrainRecipe, accumulation
 from upcycle.trainers.routing.all_parts import train_all_parts
@@ -89,11 +90,7 @@ class Stage:
         self.masks = predicts_masked(origin)
         check_fits(self.model.config, tokenizer, recipe.length)
         data = stage_recipe.data or recipe.data
-        shown = reads_images(data, pictures)
-        if pictures is not None and shown:
-            pictures.most_bad = data.bad_images
-            check_images(recipe, stage_recipe)
-            train_all_parts(self.model)
+        self._show(data, pictures)
         # A row has one document for itself, unless it is a preference: two answers.
         apart = data.packing == "alone" and all(domain.chosen is None for domain in data.domains)
         leak = None if apart else packing_leak(self.model.config, recipe.micro_batch)
@@ -162,9 +159,7 @@ class Stage:
             masks=self.masks,
             pictures=pictures,
         )
-        self.held_out = open_validation(
-            data, tokenizer, length=recipe.length, masks=self.masks, pictures=pictures
-        )
+        self.held_out = open_validation(data, tokenizer, length=recipe.length, masks=self.masks, pictures=pictures)
         if saved:
             saved.restore(self.tensors, states=resumed)
         elif recipe.dense_states:
@@ -199,6 +194,13 @@ class Stage:
         self.engine.destroy()
         del self.engine, self.tensors, self.model, self.stepper
         gc.collect()
+
+    def _show(self, data: DataRecipe, pictures: Pictures | None) -> None:
+        """Let every part of the model train, if the data have images."""
+        if pictures is not None and reads_images(data, pictures):
+            check_images(self.recipe, self.stage_recipe)
+            pictures.most_bad = data.bad_images
+            train_all_parts(self.model)
 
     def _adapt(self, saved: SavedRun | None) -> str | None:
         """Give the model the recipe's adapter, if it has one, as the checkpoint has it; returns a warning, if there is one."""
@@ -266,7 +268,10 @@ def check_images(recipe: TrainRecipe, stage: StageRecipe) -> None:
             stage.distillation is not None and stage.distillation.cache is not None,
             "a cache knows rows by their tokens, and other images have the same",
         ),
-        "zero.stage: 3": (recipe.zero.stage == 3, "a rank whose rows have no image does not run the encoder, and the others wait"),
+        "zero.stage: 3": (
+            recipe.zero.stage == 3,
+            "a rank whose rows have no image does not run the encoder, and the others wait",
+        ),
         "expert_parallel": (recipe.expert_parallel > 1, "AutoEP replaces experts of the language model alone"),
         "adapter": (recipe.adapter is not None, "pairs of matrices are added to the language model alone"),
     }

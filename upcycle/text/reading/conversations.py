@@ -286,7 +286,9 @@ def _with_images(parts: list[Any]) -> list[Any] | None:
     texts = [part if is_image_part(part) else _joined([part]) for part in parts]
     if any(text is None for text in texts):
         return None
-    return [{"type": "text", "text": text} if isinstance(text, str) else {**IMAGE_PART, **text} for text in texts if text]
+    return [
+        {"type": "text", "text": text} if isinstance(text, str) else {**IMAGE_PART, **text} for text in texts if text
+    ]
 
 
 def _joined(parts: list[Any]) -> str | None:

@@ -105,15 +105,14 @@ def _parts(content: Any, marked: bool) -> list[dict[str, Any]]:
 
 
 def _split(text: str) -> Iterator[dict[str, Any]]:
-    pieces = text.split(MARK)
+    first, *others = text.split(MARK)
+    pieces = [first, *(piece.removeprefix("\n") for piece in others)]
     for number, piece in enumerate(pieces):
         if number:
             yield {**IMAGE_PART, "name": None}
-            piece = piece.removeprefix("\n")
-        if number + 1 < len(pieces):
-            piece = piece.removesuffix("\n")
-        if piece:
-            yield {"type": "text", "text": piece}
+        said = piece if number + 1 == len(pieces) else piece.removesuffix("\n")
+        if said:
+            yield {"type": "text", "text": said}
 
 
 def _plain(parts: list[dict[str, Any]]) -> Any:
