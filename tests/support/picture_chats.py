@@ -16,6 +16,7 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), 
 
 def pictured_llava(folder: Path, text: str = "llama", **changes: Any) -> Path:
     """A random LLaVA of three encoder layers with its processor."""
+    folder.mkdir(parents=True, exist_ok=True)
     make_tower(folder, "llava", text, vocab_size=4104, image_token_index=4096, **changes)
     return with_processor(folder)
 

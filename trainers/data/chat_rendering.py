@@ -174,7 +174,10 @@ def _check_whole(messages: Sequence[Any], text: str, answers: Sequence[Span], na
     at = 0
     for number, message in enumerate(messages, start=1):
         answer_of = message["role"] == ANSWERS
-        parts = (str(part).rpartition(_THOUGHT)[2] if answer_of else str(part) for part in texts_in(message.get("content", "")))
+        parts = (
+            str(part).rpartition(_THOUGHT)[2] if answer_of else str(part)
+            for part in texts_in(message.get("content", ""))
+        )
         for said in map(str.strip, parts):
             if not said or message["role"] in ("tool", "function"):  # results of tools are often written as JSON
                 continue

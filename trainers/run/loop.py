@@ -341,9 +341,12 @@ class _Run:
         if not stage.top_k or self.progress.step < self.recipe.alarms.identical_after:
             return
         cosines, paths = {}, module_paths_of(stage.model.config)
-        counts = {layer.index: layer.count for layer in moe_layers(stage.model)}
+        layers = moe_layers(stage.model)
+        counts = {layer.index: layer.count for layer in layers}
+        blocks = {id(layer.block): layer.index for layer in layers}
+        places = {name: blocks[id(block)] for name, block in stage.model.named_modules() if id(block) in blocks}
         for tensor in stage.tensors.stock_tensors:
-            layer = paths.layer_of(tensor.name)
+            layer = places.get(tensor.name.partition(".experts.")[0], paths.layer_of(tensor.name))
             if layer in counts and tensor.name.endswith(_FIRST_PROJECTIONS):
                 weights = stage.tensors.weights(tensor)
                 if len(weights) % counts[layer] == 0:  # packed experts of unequal widths are not copies

@@ -79,7 +79,7 @@ class Stepper:
         for part, named in stage.tower_losses.items():
             self.losses += make_losses(named, part)
         self._layers: list[MoeLayer] = []  # whose routers are read; towers' alone may not run in a pass
-        self._idle: list[torch.nn.Parameter] = []  # weights that a pass without images does not reach
+        self._towers: list[torch.nn.Parameter] = []  # weights that a pass without images does not reach
         self.control = RouterControl(stage.control)
         self.balance: BiasBalance | None = None
         self.routers: Recorder[RouterRecord] | None = None
@@ -100,7 +100,7 @@ class Stepper:
         routed = bool(self._layers)
         self._check_routed()
         if reads_images(self.model):
-            self._idle = [p for name, p in self.model.named_parameters() if part_of(self.model, name) != "language"]
+            self._towers = [p for name, p in self.model.named_parameters() if part_of(self.model, name) != "language"]
         if routed and "activations" in reads:
             names = ", ".join(loss.name for loss in self.losses if loss.reads == "activations")
             raise UsageError(
@@ -245,11 +245,15 @@ class Stepper:
         like = records[0].logits
         return with_absent(records, self._layers, like.dtype, like.device)
 
-    def _reached(self, batch: PackedBatch, loss: torch.Tensor) -> torch.Tensor:
-        """The loss, with gradients of 0 for towers in a pass without images: ranks add up gradients of the same weights."""
-        if not self._idle or (batch.pictures is not None and batch.pictures.media):
-            return loss
-        return loss + sum(weight.sum() * 0.0 for weight in self._idle if weight.requires_grad)
+    def _reached(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss, with gradients of at least 0 for all towers' weights: ranks add up gradients of the same weights.
+
+        A pass without images does not reach them, nor does any pass an encoder's last layer where a model reads the one below.
+        """
+        for weight in self._towers:
+            if weight.requires_grad:
+                loss = loss + 0.0 * weight.sum()
+        return loss
 
     def _read(self, records: list[RouterRecord]) -> dict[str, list[Any]]:
         return {"router": records, "activations": self.activations.take() if self.activations else []}
@@ -261,7 +265,7 @@ class Stepper:
         logits = packed_forward(engine, batch).logits
         nats = token_losses(logits, batch)
         distillation = self.parent.recipe if self.parent else None
-        loss = self._reached(batch, nats.sum() * weight * (distillation.next_token if distillation else 1.0))
+        loss = self._reached(nats.sum() * weight * (distillation.next_token if distillation else 1.0))
         parts: dict[str, torch.Tensor] = {}
         records = self._routers()
         if self.losses:

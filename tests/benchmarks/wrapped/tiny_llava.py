@@ -185,7 +185,7 @@ def page(dense: Result, rows: dict[str, tuple[dict[str, Any], Result]]) -> str:
     lines += [
         "",
         "The step is taken by plain PyTorch, to show that gradients reach the routers of all parts. `upcycle train` runs the",
-        "papers' stages on [conversations with images](vision_language.md). Nothing here is about the quality that CuMo or",
+        "papers' stages on [conversations with images](../guides/vision_language.md). Nothing here is about the quality that CuMo or",
         "MoE-LLaVA reach with millions of images.",
         "",
     ]

@@ -183,7 +183,7 @@ def page(rows: list[Row], right_at_first: float, seconds: float) -> str:
         "",
         "`python -P tests/benchmarks/wrapped/vision_language.py` trains a LLaVA of a vision transformer for handwritten digits, a",
         "random connector and the demo model by the shipped recipes of three papers, stage by stage, with the conversions between.",
-        f"Steps, rates and rows are made small ({ROWS} rows of {LENGTH} tokens a step); what trains by which losses is each recipe's own.",
+        f"Steps, rates and rows are made small ({ROWS} rows of {LENGTH} tokens a step); what trains, and how, is the recipe's own.",
         "",
         "| recipe | stage | trains | steps | losses at its first step | at its last | held-out nats | right digits |",
         "|---|---|---|---|---|---|---|---|",
@@ -195,12 +195,12 @@ def page(rows: list[Row], right_at_first: float, seconds: float) -> str:
         lines.append(f"| {what} | {first} | {last} | {row.held_out:.3f} | {right} |")
     lines += [
         "",
-        f"Before training, {right_at_first:.0%} of {ASKED_IMAGES} held-out images get the right digit; chance is 10%. Held-out nats are",
-        "the mean loss on answers about held-out images (of `prefer`: on the better answers of held-out pairs). `loss` is that of the",
-        "next token, whatever it weighs in a stage; the others are as they are added, with their coefficients.",
+        f"Before training, {right_at_first:.0%} of {ASKED_IMAGES} held-out images get the right digit; chance is 10%. Held-out nats",
+        "are the mean loss on answers about held-out images (of `prefer`: on the better answers of held-out pairs). `loss` is that of",
+        "the next token, whatever it weighs in a stage; the others are as they are added, with their coefficients.",
         "",
-        "LLaVA-MoD's student has every second layer of the demo model; its teacher is the result of `moe_tuning_dense`. `verify` calls",
-        "every conversion exact. This shows that the stages run and teach; it compares no papers, whose models and data are",
+        "LLaVA-MoD's student has every second layer of the demo model; its teacher is the result of `moe_tuning_dense`. `verify`",
+        "calls every conversion exact. This shows that the stages run and teach; it compares no papers, whose models and data are",
         f"thousands of times larger. All of it took {seconds / 60:.0f} minutes.",
         "",
     ]

@@ -118,11 +118,12 @@ def test_experts_that_are_copies_begin_with_the_dense_loss_and_balance_each_part
     balance = {"switch_balance": {"coefficient": 0.1, "fraction": "first", "scope": "sequence", "layers": "mean"}}
     tower = {**balance, "router_z": {"coefficient": 0.01, "layers": "mean"}}
     stage = {"losses": {"router_z": {"coefficient": 0.01}}, "tower_losses": {"vision": tower, "connector": tower}}
-    at_once = first_step(moe, tmp_path / "one", mixed, stage)
-    divided = first_step(moe, tmp_path / "many", mixed, stage, micro_batch=1)
+    alone = {"packing": "alone"}
+    at_once = first_step(moe, tmp_path / "one", mixed, stage, data=alone)
+    divided = first_step(moe, tmp_path / "many", mixed, stage, data=alone, micro_batch=1)
     for key in (key for key in at_once if key.startswith("loss")):
         assert divided[key] == pytest.approx(at_once[key], rel=ROUNDING), key
-    dense = first_step(llava, tmp_path / "dense", mixed, {})
+    dense = first_step(llava, tmp_path / "dense", mixed, {}, data=alone)
     assert at_once["loss"] == pytest.approx(dense["loss"], rel=ROUNDING)
     wanted = tower_losses(moe, data)
     for part in ("vision", "connector"):
