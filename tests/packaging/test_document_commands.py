@@ -18,6 +18,8 @@ from click.testing import CliRunner
 from encoder_cases import image_encoder, image_folder, text_encoder
 from lora_folders import write_lora
 from media_cases import pair_file, sound_folder, sound_model, two_towers
+from picture_chats import chats as pictured_chats
+from picture_chats import pictured_llava
 from stand_ins import make_llama_cpp, make_vllm
 
 from upcycle.cli.main import cli
@@ -65,6 +67,13 @@ SHORTER = (
     ),
     ("grow btm", "--set sample=64"),
     ("grow rounds.yaml", "--set sample=64"),
+    ("train moe_tuning", "--set dtype=float32 --set zero.stage=0 --set data.chat_template=turns"),
+    ("train moe_tuning --", "--set stages.moe.steps=2 --set stages.moe.schedule.warmup=0"),
+    (
+        "train moe_tuning_dense",
+        "--set stages.align.steps=2 --set stages.align.schedule.warmup=0 --set stages.align.data.chat_template=turns "
+        "--set stages.tune.steps=2 --set stages.tune.schedule.warmup=0",
+    ),
     ("upcycle report", "--tokens 64"),
     ("--speed", "--text prose"),
     ("upcycle chat", "--tokens 3"),
@@ -125,10 +134,11 @@ def reader(
     monkeypatch: pytest.MonkeyPatch,
     pico: Callable[[str], Path],
     branches: Callable[..., list[Path]],
-    tower: Callable[..., Path],
 ) -> Iterator[Path]:
     """The folder of somebody who has what the documents speak of: models, texts, recipes, tasks and engines."""
-    shutil.copytree(tower("llava", "llama"), tmp_path / "llava")
+    pictured_llava(tmp_path / "llava")
+    for name in ("chats", "captions"):
+        pictured_chats(tmp_path).rename(tmp_path / f"{name}.json")
     text_encoder("bert", tmp_path / "bert")
     image_encoder("vit", tmp_path / "vit", id2label={0: "class_0", 1: "class_1"})
     image_folder(tmp_path / "photos")

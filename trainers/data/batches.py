@@ -18,6 +18,8 @@ from upcycle.trainers.data.open_domain import open_domain, open_domain_validatio
 from upcycle.trainers.data.packing import PackedBatch, PackedRow
 from upcycle.trainers.data.token_shards import Encoder
 from upcycle.trainers.data.validation_rows import held_out_documents, validation_rows
+from upcycle.trainers.pictures.pictures import Pictures
+from upcycle.trainers.pictures.row_pictures import BatchPictures
 from upcycle.trainers.recipe.data_recipe import DataRecipe, MaskingRecipe
 
 _VERSION = 1  # of the order of rows: a checkpoint of another one cannot be continued
@@ -39,11 +41,12 @@ class TokenStream:
         rank: int,
         world_size: int,
         masker: Masker | None = None,
+        pictures: Pictures | None = None,
     ) -> None:
         self._domains = {domain.name: domain for domain in sorted(domains, key=lambda domain: domain.name)}
         self._mixture, self._facts = mixture, facts
         self._micro_batch, self._rank, self._world_size = micro_batch, rank, world_size
-        self._masker = masker
+        self._masker, self._pictures = masker, pictures
         self._row = 0
         self._preferences = {domain.name for domain in domains if domain.corpus.kind == "preferences"}
         self._cursors = {name: domain.skip(Cursor(), 0) for name, domain in self._domains.items()}
@@ -90,7 +93,8 @@ class TokenStream:
             self._cursors[name] = domain.skip(cursor, int((after == number).sum()))
         first = self._row + len(before)
         self._row += len(drawn)
-        batch = make_batch([rows[place] for place in range(len(mine))], [names[number] for number in mine])
+        names_of = [names[number] for number in mine]
+        batch = make_batch([rows[place] for place in range(len(mine))], names_of, self._pictures)
         if self._masker:
             return batch.masked(self._masker, range(first, first + len(mine)))
         return compared_batch(batch, [name in self._preferences for name in batch.domains])
@@ -162,6 +166,7 @@ def open_stream(
     world_size: int,
     seed: int,
     masks: bool = False,
+    pictures: Pictures | None = None,
 ) -> TokenStream:
     """The training stream of ``data``, at its beginning.
 
@@ -174,6 +179,7 @@ def open_stream(
         world_size: number of ranks.
         seed: of all random choices.
         masks: whether the model is a masked language model.
+        pictures: what it reads of images; ``None``: it reads none.
 
     Raises:
         UpcycleError: a domain cannot be read or is empty.
@@ -183,11 +189,11 @@ def open_stream(
     domains = []
     examples = {}
     for domain in data.domains:
-        corpus = open_domain(data, domain)
-        cache = token_cache(data, domain, corpus, tokenizer, masker.frame if masker else None)
+        corpus = open_domain(data, domain, pictures)
+        cache = token_cache(data, domain, corpus, tokenizer, masker.frame if masker else None, pictures)
         if corpus.kind != "text":
             examples[domain.name] = cache.encoder.fingerprint
-        files = open_domain_validation(data, domain, corpus)
+        files = open_domain_validation(data, domain, corpus, pictures)
         held_out = held_out_documents(domain.name, corpus, files, cache, data.validation.fraction)
         domains.append(
             DomainRows(
@@ -210,7 +216,8 @@ def open_stream(
     if masker:
         facts["masking"] = (data.masking or MaskingRecipe()).model_dump()
     mixture = Mixture(data.weights, data.dynamic, seed)
-    return TokenStream(domains, mixture, facts, micro_batch, rank, world_size, masker)
+    shown = pictures if any(domain.corpus.pictured for domain in domains) else None
+    return TokenStream(domains, mixture, facts, micro_batch, rank, world_size, masker, shown)
 
 
 def _masker(data: DataRecipe, tokenizer: Any, seed: int) -> Masker:
@@ -218,7 +225,7 @@ def _masker(data: DataRecipe, tokenizer: Any, seed: int) -> Masker:
 
 
 def open_validation(
-    data: DataRecipe, tokenizer: Any, *, length: int, masks: bool = False
+    data: DataRecipe, tokenizer: Any, *, length: int, masks: bool = False, pictures: Pictures | None = None
 ) -> dict[str, list[PackedBatch]]:
     """Batches of each domain's held-out documents, in the recipe's order of domains; the same for every seed.
 
@@ -233,12 +240,12 @@ def open_validation(
     masker = _masker(data, tokenizer, 0) if masks else None
     found: dict[str, list[PackedBatch]] = {}
     for domain in data.domains:
-        trained = open_domain(data, domain)
-        files = open_domain_validation(data, domain, trained)
+        trained = open_domain(data, domain, pictures)
+        files = open_domain_validation(data, domain, trained, pictures)
         if not files and not data.validation.fraction:
             continue
         corpus = files or trained
-        cache = token_cache(data, domain, corpus, tokenizer, masker.frame if masker else None)
+        cache = token_cache(data, domain, corpus, tokenizer, masker.frame if masker else None, pictures)
         held_out = None if files else held_out_documents(domain.name, corpus, None, cache, data.validation.fraction)
         rule = too_long_rule(domain, corpus)
         rows = validation_rows(domain.name, corpus, cache, held_out, data.validation.tokens, length, rule, data.packing)
@@ -246,17 +253,19 @@ def open_validation(
         batches = []
         for at in range(0, len(rows), size):
             part = rows[at : at + size]
-            batch = make_batch(part, [domain.name] * len(part))
+            batch = make_batch(part, [domain.name] * len(part), pictures if corpus.pictured else None)
             keys = [("validation", domain.name, at + row) for row in range(len(part))]
             batches.append(batch.masked(masker, keys) if masker else batch)
         found[domain.name] = [better_answers(batch) if corpus.kind == "preferences" else batch for batch in batches]
     return found
 
 
-def make_batch(rows: list[PackedRow], domains: list[str]) -> PackedBatch:
-    """A batch of rows; ``domains`` has one name per row."""
-    ids, positions, targets, unpadded = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
-    return PackedBatch(ids, targets, positions, tuple(domains), unpadded)
+def make_batch(rows: list[PackedRow], domains: list[str], pictures: Pictures | None = None) -> PackedBatch:
+    """A batch of rows; ``domains`` has one name per row, and ``pictures`` reads their images, if the data have any."""
+    parts = zip(*(row[:4] for row in rows), strict=True)
+    ids, positions, targets, unpadded = (torch.from_numpy(np.stack(part)) for part in parts)
+    held = BatchPictures(pictures, tuple(row.pictures for row in rows)) if pictures else None
+    return PackedBatch(ids, targets, positions, tuple(domains), unpadded, pictures=held)
 
 
 def compared_batch(batch: PackedBatch, preferences: Sequence[bool]) -> PackedBatch:

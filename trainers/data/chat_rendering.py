@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from upcycle.text.reading.conversations import ANSWERS, Example
+from upcycle.text.reading.images_in_rows import texts_in
 from upcycle.trainers.data.chat_templates import ChatTemplate
 
 Span: TypeAlias = tuple[int, int]
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _THOUGHT = "</think>"  # what is before it, templates may leave out of earlier answers
+_ASKED = "What is shown?"  # by takes_images
 _QUOTED = 60  # characters of a message in an error
 _ONE_AT_A_TIME = (
     threading.Lock()
@@ -48,6 +50,15 @@ class Renderer:
         self._tokenizer, self.name, self._everything = tokenizer, template.name, everything
         self._source = (_DATE if "strftime_now" in template.source else "") + template.source
         self._marks = bool(_MARKS.search(template.source))
+
+    def takes_images(self, token: str) -> bool:
+        """Whether the template writes ``token`` for an image among the parts of a message, and not a list as it stands."""
+        parts = [{"type": "image"}, {"type": "text", "text": _ASKED}]
+        try:
+            text = self._text([{"role": "user", "content": parts}], [])
+        except RefusedError:
+            return False
+        return text.count(token) == 1 and _ASKED in text and str(parts[0]) not in text
 
     def __call__(self, example: Example) -> Rendered:
         """The text of a conversation, with its answers.
@@ -162,17 +173,21 @@ def _check_whole(messages: Sequence[Any], text: str, answers: Sequence[Span], na
     learned = [text[slice(*span)] for span in answers]
     at = 0
     for number, message in enumerate(messages, start=1):
-        said = str(message.get("content", "")).strip()
-        if not said or message["role"] in ("tool", "function"):  # results of tools are often written as JSON
-            continue
-        if message["role"] == ANSWERS:
-            said = said.rpartition(_THOUGHT)[2].strip()
-            there = any(said in answer for answer in learned)
-        elif message["role"] == "user":
-            found = text.find(said, at)
-            there, at = found >= 0, max(at, found + len(said))
-        else:  # some templates put the system message behind others
-            there = said in text
-        if not there:
-            short = said if len(said) <= _QUOTED else said[:_QUOTED] + "..."
-            raise RefusedError(f"{name} leaves out message {number} ({message['role']}: {short!r})")
+        answer_of = message["role"] == ANSWERS
+        parts = (
+            str(part).rpartition(_THOUGHT)[2] if answer_of else str(part)
+            for part in texts_in(message.get("content", ""))
+        )
+        for said in map(str.strip, parts):
+            if not said or message["role"] in ("tool", "function"):  # results of tools are often written as JSON
+                continue
+            if answer_of:
+                there = any(said in answer for answer in learned)
+            elif message["role"] == "user":
+                found = text.find(said, at)
+                there, at = found >= 0, max(at, found + len(said))
+            else:  # some templates put the system message behind others
+                there = said in text
+            if not there:
+                short = said if len(said) <= _QUOTED else said[:_QUOTED] + "..."
+                raise RefusedError(f"{name} leaves out message {number} ({message['role']}: {short!r})")

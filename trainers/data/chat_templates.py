@@ -52,18 +52,24 @@ class ChatTemplate:
     own: bool
 
 
-def find_template(tokenizer: Any, named: str | None) -> ChatTemplate:
+def find_template(tokenizer: Any, named: str | None, processor: Any = None) -> ChatTemplate:
     """The template that a recipe names, or else the tokenizer's own.
 
     Args:
         tokenizer: the model's.
         named: ``data.chat_template``.
+        processor: the model's, whose template is taken where the tokenizer has none.
 
     Raises:
         UsageError: the tokenizer has none and the recipe names none, the file cannot be read, or the tokenizer lacks the tokens of
             ``chatml``.
     """
     if named is None:
+        source = (
+            getattr(processor, "chat_template", None) if getattr(tokenizer, "chat_template", None) is None else None
+        )
+        if isinstance(source, str):
+            return ChatTemplate(source, "the processor's chat template", own=True)
         return _own(tokenizer)
     if named in BUILT_IN:
         unknown = next((mark for mark in _MARKS if named == "chatml" and len(_ids(tokenizer, mark)) != 1), None)

@@ -42,6 +42,11 @@ class Corpus(ABC):
         """What its documents are: text, or examples out of conversations or pairs."""
         return self.reading.kind
 
+    @property
+    def pictured(self) -> bool:
+        """Whether its examples have images."""
+        return self.reading.images == "yes"
+
     @abstractmethod
     def documents(self, shard: int) -> Iterator[TextOrExample]:
         """The documents of a shard in order; none past the end of a stream.

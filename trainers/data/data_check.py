@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,9 @@ from upcycle.trainers.data.open_domain import (
     token_cache_folder,
     too_long_rule,
 )
-from upcycle.trainers.data.token_shards import TokenCache
+from upcycle.trainers.data.token_shards import TokenCache, TokenShard
 from upcycle.trainers.data.too_long import fitted
+from upcycle.trainers.pictures.pictures import Pictures
 from upcycle.trainers.recipe.data_recipe import DataRecipe, DomainRecipe, TooLong
 
 _LONG_CHECK = 1 << 30  # bytes, about ten seconds' worth: longer checks are announced
@@ -31,7 +33,13 @@ _LACKING = {"text": "text", "chat": "messages", "pairs": "a response", "preferen
 
 
 def check_data(
-    data: DataRecipe, tokenizer: Any, length: int, say: Callable[[str], None], turn: int = 0, masks: bool = False
+    data: DataRecipe,
+    tokenizer: Any,
+    length: int,
+    say: Callable[[str], None],
+    turn: int = 0,
+    masks: bool = False,
+    pictures: Pictures | None = None,
 ) -> list[str]:
     """Read every row of every file before training begins, and report what is read and what is left out.
 
@@ -45,6 +53,7 @@ def check_data(
         say: called with lines and warnings about what was found.
         turn: this rank's number: ranks begin with different parts, and share the work.
         masks: whether the model is a masked language model.
+        pictures: what it reads of images; ``None``: it reads none.
 
     Returns:
         The domains of preferences.
@@ -58,8 +67,9 @@ def check_data(
     preferences = []
     frame = frame_of(tokenizer) if masks else None
     for domain in data.domains:
-        trained = open_domain(data, domain)
-        corpora = [corpus for corpus in (trained, open_domain_validation(data, domain, trained)) if corpus]
+        trained = open_domain(data, domain, pictures)
+        held_out = open_domain_validation(data, domain, trained, pictures)
+        corpora = [corpus for corpus in (trained, held_out) if corpus]
         preferences += [domain.name] if trained.kind == "preferences" else []
         weight = sum(corpus.weight for corpus in corpora)
         read += weight
@@ -73,7 +83,7 @@ def check_data(
             _say_left_out(domain.name, found, _LACKING[corpus.kind], say)
             rule = too_long_rule(domain, corpus)
             if corpus.shards is not None and (corpus.kind != "text" or rule != "split"):
-                cache = token_cache(data, domain, corpus, tokenizer, frame)
+                cache = token_cache(data, domain, corpus, tokenizer, frame, pictures)
                 _check_examples(domain, corpus, cache, rule, length, say, turn)
     seconds = time.perf_counter() - started
     if read:
@@ -121,15 +131,19 @@ def _check_examples(
     assert corpus.shards is not None
     order = [(turn + number) % corpus.shards for number in range(corpus.shards)]
     found = FileCheck()
+    shown = 0
     cut = dropped = emptied = kept = 0
     for number in order:
         shard = cache.shard(corpus, number)
         found += shard.check
+        shown += _check_images(domain.name, shard)
         begin = np.cumsum(shard.lengths) - shard.lengths
         fit = fitted([shard], np.zeros(len(begin), np.int64), begin, shard.lengths, length, rule)
         kept += len(fit.kept)
         cut, dropped, emptied = cut + fit.cut, dropped + fit.dropped, emptied + fit.emptied
     _say_left_out(domain.name, found, "an answer to learn", say)
+    if shown:
+        say(f"domain {domain.name}: {shown:,} images, whose headers were read")
     lost = {"keep_start": "their end", "keep_end": "their beginning"}.get(rule, "")
     if cut:
         say(
@@ -137,7 +151,8 @@ def _check_examples(
         )
     if dropped:
         say(
-            f"warning: domain {domain.name}: {dropped:,} documents longer than {length:,} tokens are left out (too_long: drop)"
+            f"warning: domain {domain.name}: {dropped:,} documents longer than {length:,} tokens are left out "
+            f"({'too_long: drop' if rule == 'drop' else 'they have images, which are not cut'})"
         )
     if emptied:
         say(
@@ -153,3 +168,15 @@ def _check_examples(
             f"domain '{domain.name}': nothing is left to train on: {', '.join(reasons) or 'it has no example'}",
             hint="check its columns, roles and chat template (upcycle train RECIPE --show 3), or raise length",
         )
+
+
+def _check_images(domain: str, shard: TokenShard) -> int:
+    """Count a shard's images, and refuse one that has gone since the shard was made, when all headers were read."""
+    paths = [picture.path for row in shard.pictures for picture in row]
+    gone = next((path for path in paths if not Path(path).is_file()), None)
+    if gone is not None:
+        raise UsageError(
+            f"domain '{domain}': the image {gone} is gone since the data were checked",
+            hint="put it back, or remove its row from the data file",
+        )
+    return len(paths)

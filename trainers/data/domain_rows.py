@@ -19,6 +19,7 @@ from upcycle.trainers.data.packing import Int64, PackedRow, Rows, layout, pack_d
 from upcycle.trainers.data.token_codes import decoded
 from upcycle.trainers.data.token_shards import Hashes, TokenCache, TokenShard
 from upcycle.trainers.data.too_long import fitted
+from upcycle.trainers.pictures.row_pictures import PlacedPicture
 from upcycle.trainers.recipe.data_recipe import Packing, TooLong
 
 SHARDS_TOGETHER = 8  # shards in a block, whose documents are shuffled together
@@ -222,12 +223,17 @@ def read_row(
     documents, starts, lengths = rows.document[parts], rows.start[parts], rows.length[parts]
     ids = np.full(length, padding, np.int64)
     at = 0
+    pictures: list[PlacedPicture] = []
     for document, start, size in zip(documents, begin[documents] + starts, lengths, strict=True):
-        ids[at : at + size] = shards[shard[document]].tokens[start : start + size]
+        held = shards[shard[document]]
+        ids[at : at + size] = held.tokens[start : start + size]
+        if held.pictures:
+            (own,) = held.pictures_at(np.array([start]))
+            pictures += [PlacedPicture(picture, at, at + int(size)) for picture in own]
         at += size
     ids, learned, begins = decoded(ids)
     if begins.any():
         starts = np.union1d(np.cumsum(lengths) - lengths, np.flatnonzero(begins))
         lengths = np.diff(np.append(starts, at))
     positions, targets = layout(lengths, length)
-    return ids, positions, targets & learned, np.arange(length) < at
+    return PackedRow(ids, positions, targets & learned, np.arange(length) < at, tuple(pictures))

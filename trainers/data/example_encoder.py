@@ -16,7 +16,9 @@ from upcycle.text.reading.conversations import Broken, Example, TextOrExample
 from upcycle.trainers.data.chat_rendering import RefusedError, Rendered, Renderer
 from upcycle.trainers.data.chat_templates import ChatTemplate
 from upcycle.trainers.data.token_codes import coded
-from upcycle.trainers.data.token_shards import Encoder
+from upcycle.trainers.data.token_shards import Encoder, PicturedCodes
+from upcycle.trainers.pictures.encoded_pictures import PictureIds
+from upcycle.trainers.pictures.pictures import Picture, PictureError, Pictures
 
 _FORMAT = "3"  # part of every key: raise it, and older shards are not read
 
@@ -26,17 +28,28 @@ class _Encoded(NamedTuple):
 
     ids: list[int]
     learned: list[bool]
+    pictures: tuple[Picture, ...] = ()
 
 
 class ExampleEncoder(Encoder):
     """Encodes examples, as :mod:`upcycle.trainers.data.token_codes` stores them; of a preference, the better one comes first.
 
     Ids are those of ``apply_chat_template``. A token is learned if any of its characters is an answer's. The end-of-text token
-    closes an example, unless its text ends with it already; it is learned where the last message is an answer that is.
+    closes an example, unless its text ends with it already; it is learned where the last message is an answer that is. The tokens of
+    an image are those that the model's processor puts in the place of its mark; they are never learned.
     """
 
-    def __init__(self, tokenizer: Any, end_of_text: bool, template: ChatTemplate | None, loss_on: str) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        end_of_text: bool,
+        template: ChatTemplate | None,
+        loss_on: str,
+        pictures: Pictures | None = None,
+    ) -> None:
         """Without a ``template``, a prompt and its response are put together as they stand.
+
+        With ``pictures``, what the model reads of images, examples may have some.
 
         Raises:
             UsageError: the tokenizer has no end-of-text token, or cannot say which characters a token has.
@@ -49,7 +62,9 @@ class ExampleEncoder(Encoder):
                 "conversations need a fast tokenizer, which says where its tokens lie in the text",
                 hint="save the model's tokenizer with a tokenizer.json",
             )
-        facts = (_FORMAT, self.fingerprint, template.source if template else None, loss_on)
+        self._images = PictureIds(pictures, self._renderer) if pictures else None
+        facts: tuple[Any, ...] = (_FORMAT, self.fingerprint, template.source if template else None, loss_on)
+        facts = (*facts, pictures.fingerprint) if pictures else facts
         self.fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     def encode(self, documents: Sequence[TextOrExample]) -> list[list[int] | Broken]:
@@ -57,6 +72,7 @@ class ExampleEncoder(Encoder):
         examples = [document for document in documents if isinstance(document, Example)]
         assert len(examples) == len(documents), "a domain has either text or examples"
         sides = list(chain.from_iterable(_sides(example) for example in examples))
+        sides = self._images.written(sides) if self._images else sides
         encoded = iter(self._rendered(self._renderer, sides) if self._renderer else self._plain(sides))
         return [self._joined([next(encoded) for _ in _sides(example)]) for example in examples]
 
@@ -64,6 +80,7 @@ class ExampleEncoder(Encoder):
         """The codes of one example; none where nothing of a side is learned."""
         ids: list[int] = []
         learned: list[bool] = []
+        pictures: tuple[Picture, ...] = ()
         begins = None
         for side in sides:
             if isinstance(side, Broken):
@@ -72,8 +89,20 @@ class ExampleEncoder(Encoder):
                 return []
             begins = len(ids) or None
             ids += side.ids
-            learned += [True] * len(side.ids) if self._all else side.learned
-        return coded(np.array(ids, np.int64), np.array(learned, bool), begins)
+            learned += side.learned
+            pictures += side.pictures
+        codes = coded(np.array(ids, np.int64), np.array(learned, bool), begins)
+        return PicturedCodes(codes, pictures) if pictures else codes
+
+    def _encoded(self, example: Example, text: str, ids: list[int], learned: list[bool]) -> _Encoded | Broken:
+        """The ids of one example, with those of its images in the place of their marks."""
+        learned = [True] * len(ids) if self._all else learned
+        if self._images is None:
+            return _Encoded(ids, learned)
+        try:
+            return _Encoded(*self._images.placed(example, text, ids, learned))
+        except PictureError as error:
+            return Broken(f"{example.where}: {error}")
 
     def _rendered(self, renderer: Renderer, examples: list[Example]) -> list[_Encoded | Broken]:
         found: list[Rendered | Broken] = []
@@ -97,7 +126,7 @@ class ExampleEncoder(Encoder):
             closed = each.text.rstrip().endswith(str(self._tokenizer.eos_token)) if self._tail else True
             last = bool(example.taught[-1])
             tail = [] if closed else self._tail
-            result.append(_Encoded([*ids, *tail], [*learned.tolist(), *[last] * len(tail)]))
+            result.append(self._encoded(example, each.text, [*ids, *tail], [*learned.tolist(), *[last] * len(tail)]))
         return result
 
     def _plain(self, examples: list[Example]) -> list[_Encoded | Broken]:
@@ -110,10 +139,11 @@ class ExampleEncoder(Encoder):
         texts = [[str(message["content"]) for message in example.messages] for example in examples]
         ids = iter(self._tokenizer(list(chain(*texts)), add_special_tokens=False, verbose=False)["input_ids"])
         result: list[_Encoded | Broken] = []
-        for _ in examples:
+        for example, said in zip(examples, texts, strict=True):
             prompt, response = next(ids), next(ids)
             asked, answer = [*self._head, *prompt], [*response, *self._tail]
-            result.append(_Encoded([*asked, *answer], [False] * len(asked) + [True] * len(answer)))
+            learned = [False] * len(asked) + [True] * len(answer)
+            result.append(self._encoded(example, "".join(said), [*asked, *answer], learned))
         return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,31 @@ from upcycle.trainers.data.corpus import Corpus, open_corpus
 from upcycle.trainers.data.domain_rows import SHARDS_TOGETHER
 from upcycle.trainers.data.example_encoder import ExampleEncoder
 from upcycle.trainers.data.token_shards import Encoder, TokenCache
+from upcycle.trainers.pictures.pictures import Pictures
 from upcycle.trainers.recipe.data_recipe import DataRecipe, DomainRecipe, TooLong
 
 
-def open_domain(data: DataRecipe, domain: DomainRecipe) -> Corpus:
-    """A domain's documents.
+def open_domain(data: DataRecipe, domain: DomainRecipe, pictures: Pictures | None = None) -> Corpus:
+    """A domain's documents; ``pictures`` is what the model reads of images, if it reads any.
 
     Raises:
         UpcycleError: they cannot be read, or a key of the domain does not suit them.
     """
-    return _opened(data, domain, domain.text, domain.revision)
+    return _opened(data, domain, domain.text, domain.revision, pictures)
 
 
-def open_domain_validation(data: DataRecipe, domain: DomainRecipe, corpus: Corpus) -> Corpus | None:
+def reads_images(data: DataRecipe, pictures: Pictures | None) -> bool:
+    """Whether a domain has images, and the model reads them.
+
+    Raises:
+        UpcycleError: as :func:`open_domain`.
+    """
+    return pictures is not None and any(open_domain(data, domain, pictures).pictured for domain in data.domains)
+
+
+def open_domain_validation(
+    data: DataRecipe, domain: DomainRecipe, corpus: Corpus, pictures: Pictures | None = None
+) -> Corpus | None:
     """The documents of a domain's own validation files, if it has any; ``corpus`` are those that it trains on.
 
     Raises:
@@ -36,7 +49,7 @@ def open_domain_validation(data: DataRecipe, domain: DomainRecipe, corpus: Corpu
     """
     if domain.validation is None:
         return None
-    files = _opened(data, domain, domain.validation, None)
+    files = _opened(data, domain, domain.validation, None, pictures)
     if files.kind != corpus.kind:
         names = {"text": "text", "chat": "conversations", "pairs": "pairs", "preferences": "preferences"}
         raise UsageError(
@@ -46,12 +59,26 @@ def open_domain_validation(data: DataRecipe, domain: DomainRecipe, corpus: Corpu
     return files
 
 
-def _opened(data: DataRecipe, domain: DomainRecipe, texts: list[str], revision: str | None) -> Corpus:
+def _opened(
+    data: DataRecipe, domain: DomainRecipe, texts: list[str], revision: str | None, pictures: Pictures | None
+) -> Corpus:
     size = max(1, parse_size(data.shuffle) // SHARDS_TOGETHER)
     answer = domain.response or domain.chosen
     prompt = tuple(domain.prompt or ())
     reading = Reading(domain.column, domain.separator, data.broken_lines, prompt, answer, domain.rejected)
+    if domain.images is not None and pictures is None:
+        raise UsageError(
+            f"domain '{domain.name}': images: {domain.images}, and the model reads no images", hint="leave images out"
+        )
+    if pictures is not None:
+        folder = None if domain.images is None else str(user_path(domain.images).resolve())
+        reading = replace(reading, images="maybe" if folder is None else "yes", folder=folder)
     corpus = open_corpus(texts, reading, revision, size, domain.name, domain.format)
+    if corpus.pictured and pictures is not None and pictures.whole_rows and data.packing != "alone":
+        raise UsageError(
+            f"domain '{domain.name}' has images, and this model's positions cannot begin again within a row",
+            hint="set packing: alone in the data",
+        )
     if corpus.kind == "text" and domain.loss_on == "answers":
         raise UsageError(
             f"domain '{domain.name}': loss_on: answers, but it is text, which has no answers",
@@ -72,7 +99,12 @@ def too_long_rule(domain: DomainRecipe, corpus: Corpus) -> TooLong:
 
 
 def token_cache(
-    data: DataRecipe, domain: DomainRecipe, corpus: Corpus, tokenizer: Any, frame: Frame | None = None
+    data: DataRecipe,
+    domain: DomainRecipe,
+    corpus: Corpus,
+    tokenizer: Any,
+    frame: Frame | None = None,
+    pictures: Pictures | None = None,
 ) -> TokenCache:
     """The cache of a domain's tokenised documents, with the encoder for what they are.
 
@@ -92,8 +124,11 @@ def token_cache(
             hint="give it text: a column of strings, or text files",
         )
     plain = domain.joined == "plain"
-    template = None if plain else find_template(tokenizer, data.chat_template)
-    return TokenCache(folder, ExampleEncoder(tokenizer, data.end_of_text, template, domain.loss_on or "answers"))
+    shown = pictures if corpus.pictured else None
+    other = shown.processor if shown else None  # its template, where the tokenizer has none
+    template = None if plain else find_template(tokenizer, data.chat_template, other)
+    encoder = ExampleEncoder(tokenizer, data.end_of_text, template, domain.loss_on or "answers", shown)
+    return TokenCache(folder, encoder)
 
 
 def token_cache_folder(data: DataRecipe) -> Path:

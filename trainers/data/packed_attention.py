@@ -7,6 +7,7 @@ models do not look at positions for it, and are given the mask that it would mak
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from upcycle.architectures.module_paths import text_config
@@ -14,6 +15,7 @@ from upcycle.architectures.stock_auto import is_encoder
 from upcycle.errors import UsageError
 from upcycle.registry import find
 from upcycle.trainers.data.packing import PackedBatch
+from upcycle.trainers.pictures.row_pictures import BatchPictures
 
 if TYPE_CHECKING:
     import torch
@@ -39,12 +41,27 @@ def packed_forward(model: Any, batch: PackedBatch, last: int = 0) -> Any:
         return model(input_ids=batch.given, attention_mask=batch.real.long())
     some: dict[str, Any] = {"logits_to_keep": last} if last else {}
     stock = getattr(model, "module", model)
+    if batch.pictures is not None:
+        some |= read_images(stock, batch.loaded().pictures)
+        if batch.pictures.source.whole_rows:
+            typed = batch.pictures.source.types(batch.ids)
+            return model(input_ids=batch.ids, attention_mask=batch.real.long(), use_cache=False, **typed, **some)
     if _takes_a_mask(stock.config):
         some["attention_mask"] = _mask(stock, batch.positions)
     positions = batch.positions
     if stock.config.model_type in _POSITIONS_OF_TEXT:
         positions = positions.expand(4, *positions.shape)
     return model(input_ids=batch.ids, position_ids=positions, use_cache=False, **some)
+
+
+def read_images(model: Any, pictures: BatchPictures | None) -> dict[str, Any]:
+    """What a stock model reads of the images of a batch, by argument, in its dtype."""
+    media = pictures.media if pictures is not None else None
+    return {
+        name: value.to(model.dtype) if value.is_floating_point() else value
+        for name, value in (media or {}).items()
+        if name in signature(model.forward).parameters
+    }
 
 
 def _mask(model: Any, positions: torch.Tensor) -> Any:

@@ -5,18 +5,27 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from upcycle.trainers.data.masking import Masker
+from upcycle.trainers.pictures.row_pictures import BatchPictures, PlacedPicture
 from upcycle.trainers.recipe.data_recipe import Packing
 
 Int64 = NDArray[np.int64]
-# Ids, positions, targets, and which positions hold a token, of one row; [L] each.
-PackedRow = tuple[Int64, Int64, NDArray[np.bool_], NDArray[np.bool_]]
+
+
+class PackedRow(NamedTuple):
+    """One row: ``[L]`` each of ids, positions, targets, and which positions hold a token; and its images in order."""
+
+    ids: Int64
+    positions: Int64
+    targets: NDArray[np.bool_]
+    unpadded: NDArray[np.bool_]
+    pictures: tuple[PlacedPicture, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -131,7 +140,7 @@ class PackedBatch:
     there are none). In a row of preferences, the worse answer's document follows the better one's.
 
     For a masked language model, ``mask`` are the tokens that it predicts at their own places, and ``given`` int64 ``[B, L]`` is what
-    it reads.
+    it reads. ``pictures`` are the rows' images, if the data have any.
     """
 
     ids: torch.Tensor
@@ -141,6 +150,7 @@ class PackedBatch:
     unpadded: torch.Tensor | None = None
     compared: torch.Tensor | None = None
     given: torch.Tensor | None = None
+    pictures: BatchPictures | None = None
 
     @property
     def real(self) -> torch.Tensor:
@@ -153,9 +163,25 @@ class PackedBatch:
         return {name: part for name, part in vars(self).items() if isinstance(part, torch.Tensor)}
 
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedBatch:
-        """A batch of what ``change`` makes of every tensor, with the same domains."""
+        """A batch of what ``change`` makes of every tensor ``[B, ...]``, with the same domains and images."""
         parts: dict[str, Any] = {name: change(part) for name, part in self.tensors.items()}
         return replace(self, **parts)
+
+    def loaded(self) -> PackedBatch:
+        """The same batch with its images read. An example with one that cannot be read has no targets and is not compared.
+
+        Raises:
+            UsageError: there were too many of them in this run.
+        """
+        if self.pictures is None or self.pictures.media is not None:
+            return self
+        pictures, lost = self.pictures.loaded()
+        mask, compared = self.mask.clone(), None if self.compared is None else self.compared.clone()
+        for row, start, end in lost:
+            for part in (mask, compared):
+                if part is not None:
+                    part[row, start:end] = False
+        return replace(self, pictures=pictures, mask=mask, unpadded=self.real, compared=compared)
 
     def masked(self, masker: Masker, rows: Sequence[object]) -> PackedBatch:
         """The same batch for a masked language model; ``rows`` are what each row's choice depends on beside the seed."""

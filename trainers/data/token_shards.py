@@ -24,12 +24,21 @@ from upcycle.text.windows import Frame
 from upcycle.trainers.data.corpus import Corpus
 from upcycle.trainers.data.file_checks import NOTHING, FileCheck, refused_row
 from upcycle.trainers.data.packing import Int64
+from upcycle.trainers.pictures.pictures import Picture
 
 _FORMAT = "1"  # part of every key: raise it, and older shards are not read
 _TOGETHER = 1 << 19  # characters that are tokenised in one call
 
 Int32 = NDArray[np.int32]
 Hashes = NDArray[np.uint64]
+
+
+class PicturedCodes(list[int]):
+    """The codes of a document with images."""
+
+    def __init__(self, codes: Sequence[int], pictures: tuple[Picture, ...]) -> None:
+        super().__init__(codes)
+        self.pictures = pictures
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,12 @@ class TokenShard:
     digest: str  # of ids and lengths
     last: bool  # whether it is the last one of a stream
     check: FileCheck = NOTHING  # of examples: how many were kept, had no answer to learn, or could not be encoded
+    pictures: tuple[tuple[Picture, ...], ...] = ()  # of each document; empty where none has any
+
+    def pictures_at(self, begin: Int64) -> list[tuple[Picture, ...]]:
+        """The images of the documents with tokens at ``begin`` ``[n]``."""
+        starts = np.cumsum(self.lengths) - self.lengths
+        return [self.pictures[place] for place in np.searchsorted(starts, begin, side="right") - 1]
 
 
 class Encoder:
@@ -123,6 +138,7 @@ class TokenCache:
         """Write the tokens of a shard to a file; returns the content of its index."""
         lengths: list[int] = []
         hashes: list[int] = []
+        pictures: list[tuple[Picture, ...]] = []
         check = FileCheck()
         digest, read = hashlib.sha256(), 0
         with path.open("wb") as file:
@@ -136,6 +152,7 @@ class TokenCache:
                         check += refused_row(row, corpus.reading.broken)
                     elif row:
                         rows.append(row)
+                        pictures.append(row.pictures if isinstance(row, PicturedCodes) else ())
                         hashes.append(document_hash(content_of(document)))
                     else:
                         check += FileCheck(empty=1)
@@ -151,6 +168,10 @@ class TokenCache:
             "last": str(not corpus.full(read)),
             "check": json.dumps(vars(check)),
         }
+        if any(pictures):
+            facts["pictures"] = json.dumps(pictures)
+            check_digest = hashlib.sha256(f"{facts['digest']} {facts['pictures']}".encode())
+            facts["digest"] = check_digest.hexdigest()[:16]
         return save({"lengths": counts, "hashes": np.array(hashes, np.uint64)}, metadata=facts)
 
 
@@ -172,7 +193,9 @@ def _read(stem: Path) -> TokenShard | None:
         return None
     tokens = np.memmap(ids, np.int32, "r") if total else np.empty(0, np.int32)
     check = FileCheck(**parse_json(facts["check"], str(index))) if "check" in facts else NOTHING
-    return TokenShard(tokens, lengths, hashes, facts["digest"], facts["last"] == "True", check)
+    listed = parse_json(facts["pictures"], str(index)) if "pictures" in facts else []
+    pictures = tuple(tuple(Picture(*each) for each in row) for row in listed)
+    return TokenShard(tokens, lengths, hashes, facts["digest"], facts["last"] == "True", check, pictures)
 
 
 def _batches(documents: Iterator[TextOrExample]) -> Iterator[list[TextOrExample]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,9 +38,14 @@ def fitted(shards: Sequence[TokenShard], shard: Int64, begin: Int64, length: Int
         begin: ``[N]``, where its tokens begin there.
         length: ``[N]``, how many it has.
         row: how many a row has.
-        rule: ``split`` leaves all as they are.
+        rule: ``split`` leaves all as they are. Those with images are dropped, whatever it says.
     """
     kept = np.arange(len(length))
+    pictured = _pictured(shards, shard, begin) & (length > row)
+    if pictured.any():  # a cut may divide an image
+        some = np.flatnonzero(~pictured)
+        rest = fitted(shards, shard[some], begin[some], length[some], row, rule)
+        return replace(rest, kept=some[rest.kept], dropped=rest.dropped + int(pictured.sum()))
     if rule == "split":
         return Fitted(kept, begin, length)
     over = length > row
@@ -60,6 +65,16 @@ def fitted(shards: Sequence[TokenShard], shard: Int64, begin: Int64, length: Int
         dropped=int(over.sum()) if rule == "drop" else 0,
         emptied=int((~learned).sum()),
     )
+
+
+def _pictured(shards: Sequence[TokenShard], shard: Int64, begin: Int64) -> NDArray[np.bool_]:
+    """Whether documents have images: bool ``[N]``."""
+    found = np.zeros(len(begin), bool)
+    for number, each in enumerate(shards):
+        mine = np.flatnonzero(shard == number) if each.pictures else ()
+        if len(mine):
+            found[mine] = [bool(pictures) for pictures in each.pictures_at(begin[mine])]
+    return found
 
 
 def _learned(shards: Sequence[TokenShard], shard: Int64, starts: Int64, ends: Int64) -> NDArray[np.bool_]:

@@ -17,6 +17,7 @@ from upcycle.errors import UsageError
 from upcycle.plugins import PluginParameters
 from upcycle.registry import load
 from upcycle.trainers.distributed.reduction import ALONE, NamedSums, Reduction
+from upcycle.trainers.routing.all_parts import Part
 
 LayerRecord: TypeAlias = Any  # a RouterRecord or an ActivationRecord of one layer, as the loss `reads`
 
@@ -82,8 +83,13 @@ class Loss(ABC):
     reads: ClassVar[Literal["router", "activations"]] = "router"
     Parameters: ClassVar[type[LossParameters]] = LossParameters
 
-    def __init__(self, parameters: LossParameters) -> None:
-        self.parameters = parameters
+    def __init__(self, parameters: LossParameters, part: Part = "language") -> None:
+        self.parameters, self.part = parameters, part
+
+    @property
+    def label(self) -> str:
+        """Its name in reports: that of the loss, behind that of the part whose routers it reads, unless it is the language model."""
+        return self.name if self.part == "language" else f"{self.part}.{self.name}"
 
     @abstractmethod
     def sums(self, record: LayerRecord, mask: torch.Tensor | None) -> torch.Tensor:
@@ -123,7 +129,7 @@ class Loss(ABC):
         self, records: Sequence[LayerRecord], mask: torch.Tensor | None = None, reduction: Reduction = ALONE
     ) -> torch.Tensor:
         """This loss alone, as :func:`auxiliary_losses` computes it: a scalar that includes the coefficients."""
-        return auxiliary_losses([self], {self.reads: records}, mask, reduction)[self.name]
+        return auxiliary_losses([self], {self.reads: records}, mask, reduction)[self.label]
 
 
 @dataclass(frozen=True)
@@ -136,12 +142,12 @@ class LossTerm:
 
     @property
     def name(self) -> str:
-        """The loss's name."""
-        return self.loss.name
+        """The loss's name in reports."""
+        return self.loss.label
 
 
-def make_losses(named: Mapping[str, Mapping[str, Any]]) -> list[Loss]:
-    """Make losses from their names and parameters, as a recipe gives them.
+def make_losses(named: Mapping[str, Mapping[str, Any]], part: Part = "language") -> list[Loss]:
+    """Make losses of the routers of one part of the model from their names and parameters, as a recipe gives them.
 
     Raises:
         UsageError: a name is unknown, or a parameter is wrong.
@@ -152,10 +158,10 @@ def make_losses(named: Mapping[str, Mapping[str, Any]]) -> list[Loss]:
     for name, parameters in named.items():
         cls = load("loss", name)
         try:
-            made.append(cls(cls.Parameters(**parameters)))
+            made.append(cls(cls.Parameters(**parameters), part))
         except ValidationError as error:
             fault = error.errors()[0]
-            key = ".".join(["losses", name, *map(str, fault["loc"])])
+            key = ".".join(["losses" if part == "language" else f"tower_losses.{part}", name, *map(str, fault["loc"])])
             known = ", ".join(cls.Parameters.model_fields)
             raise UsageError(f"{key}: {fault['msg']}", hint=f"parameters of {name}: {known}") from None
     return made
@@ -186,8 +192,8 @@ def auxiliary_losses(
         return {}
     for term, total in zip(terms, reduction.totals(terms), strict=True):
         value = term.loss.value(total, term.record) * term.loss.coefficient(term.record.layer)
-        found.setdefault(term.loss.name, []).append(value)
-    return {loss.name: _together(loss, found[loss.name], progress) for loss in losses}
+        found.setdefault(term.loss.label, []).append(value)
+    return {loss.label: _together(loss, found[loss.label], progress) for loss in losses}
 
 
 def loss_terms(
@@ -198,14 +204,20 @@ def loss_terms(
     Raises:
         UsageError: as :func:`auxiliary_losses`.
     """
-    return [LossTerm(loss, record, loss.sums(record, mask)) for loss in losses for record in _recorded(loss, records)]
+    return [
+        LossTerm(loss, record, loss.sums(record, record.real(mask) if loss.reads == "router" else mask))
+        for loss in losses
+        for record in _recorded(loss, records)
+    ]
 
 
 def _recorded(loss: Loss, records: Mapping[str, Sequence[LayerRecord]]) -> Sequence[LayerRecord]:
     read = records.get(loss.reads)
+    if loss.reads == "router":
+        read = [record for record in read or () if record.part == loss.part]
     if not read:
         raise UsageError(
-            f"loss {loss.name} reads {loss.reads} records, and the model gives none",
+            f"loss {loss.label} reads {loss.reads} records, and the model gives none",
             hint="a router loss needs a MoE model, an activation loss needs dense FFNs (or shared experts)",
         )
     return read

@@ -15,6 +15,7 @@ from upcycle.adapters.live import adapter_of, parameter_of
 from upcycle.errors import UsageError
 from upcycle.trainers.distributed.gathering import shape_of
 from upcycle.trainers.recipe.part_recipes import GroupParameters
+from upcycle.trainers.routing.all_parts import PART_NAMES, part_of, reads_images
 from upcycle.trainers.routing.stock_routers import find_routers, moe_layers, read_by_text, selection_bias
 
 ParameterPart = Literal["router", "experts", "rest"]
@@ -65,7 +66,8 @@ def select(model: nn.Module, trained: Sequence[str]) -> dict[str, ParameterPart]
     Args:
         model: a stock model; its biases on the choice of experts are never trained, nor are, in a model of parts, those that
             read no text. Where it has an adapter, nothing else trains.
-        trained: any of ``all``, ``router``, ``experts``, ``rest``, and patterns of parameter names with ``*``.
+        trained: any of ``all``, ``router``, ``experts``, ``rest``, where data have images ``language``, ``vision`` and ``connector``,
+            two of both kinds with a dot (``vision.experts``), and patterns of parameter names with ``*``.
 
     Raises:
         UsageError: a word matches no parameter.
@@ -80,14 +82,20 @@ def select(model: nn.Module, trained: Sequence[str]) -> dict[str, ParameterPart]
     }
     if (held := adapter_of(model)) is not None:
         named = {name: named[name] for name in held.names}
+    words: dict[str, set[str]] = {name: {"all", belongs[name]} for name in named}
+    if reads_images(model):
+        for name, some in words.items():
+            part = part_of(model, name)
+            some |= {part, f"{part}.{belongs[name]}"}
     chosen: set[str] = set()
     for word in trained:
-        matching = {name for name in named if word in ("all", belongs[name]) or fnmatchcase(name, word)}
+        matching = {name for name in named if word in words[name] or fnmatchcase(name, word)}
         if not matching:
             examples = ", ".join(sorted(named)[:3])
+            known = ", ".join((*PARTS, *(PART_NAMES if reads_images(model) else ())))
             raise UsageError(
                 f"train: '{word}' matches no parameter",
-                hint=f"use all, {', '.join(PARTS)}, or a pattern with * of names such as {examples}",
+                hint=f"use all, {known}, or a pattern with * of names such as {examples}",
             )
         chosen |= matching
     for name, parameter in model.named_parameters():

@@ -67,6 +67,11 @@ class DomainRecipe(StrictSettings):
         None,
         description="format of all its files: text, jsonl, json, csv, tsv, parquet or arrow (left out: by their endings)",
     )
+    images: str | None = Field(
+        None,
+        description="of models that read images: the folder that the names of images in its rows are relative to (left out: that of "
+        "each file, where the first row has an image)",
+    )
     separator: str | None = Field(
         None,
         min_length=1,
@@ -172,6 +177,11 @@ class DataRecipe(StrictSettings):
     broken_lines: Literal["stop", "skip"] = Field(
         "stop",
         description="what to do about rows that cannot be read: stop before the first step, or skip them and report how many",
+    )
+    bad_images: int = Field(
+        10,
+        ge=0,
+        description="how many images that cannot be read when their row comes are skipped, with their examples; one more ends the run",
     )
     chat_template: str | None = Field(
         None,

@@ -159,6 +159,9 @@ class StageRecipe(StrictSettings):
     losses: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="auxiliary losses with their parameters (upcycle list losses)"
     )
+    tower_losses: dict[Literal["vision", "connector"], dict[str, dict[str, Any]]] = Field(
+        default_factory=dict, description="the same for the routers of the other parts, where the data have images"
+    )
     losses_over: Literal["batch", "pass"] = Field(
         "batch",
         description="batch: losses are over the global batch, however it is divided; pass: over each pass alone, which costs less",
@@ -183,7 +186,7 @@ class StageRecipe(StrictSettings):
             raise ValueError(f"stage '{self.name}' needs either steps or tokens")
         if (self.learning_rate is None) == (self.preset is None):
             raise ValueError(f"stage '{self.name}' needs either learning_rate or preset")
-        unknown = [name for name in self.losses if name not in LOSSES]
+        unknown = [n for some in (self.losses, *self.tower_losses.values()) for n in some if n not in LOSSES]
         if unknown:
             raise ValueError(f"losses: unknown loss '{unknown[0]}'; {suggestion(unknown[0], LOSSES)}")
         if self.preset and self.preset.name not in PRESETS:

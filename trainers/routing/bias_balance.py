@@ -40,7 +40,7 @@ class BiasBalance:
     def observe(self, records: Sequence[RouterRecord], mask: torch.Tensor | None = None) -> None:
         """Count one micro-batch's choices; ``mask`` (bool ``[B, S]``) says which tokens count."""
         for record in records:
-            counts = counted(record.chosen, mask)
+            counts = counted(record.chosen, record.real(mask))
             before = self._counts.get(record.layer)
             self._counts[record.layer] = counts if before is None else before + counts
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from upcycle.models.own.moe_block import MoeBlock
 from upcycle.trainers.distributed.expert_parallel import is_parallel, read_router
+from upcycle.trainers.routing.all_parts import Part
 from upcycle.trainers.routing.recorder import Recorded, Recorder
 from upcycle.trainers.routing.router_control import Noise, RouterControl
 from upcycle.trainers.routing.routing_rule import RoutingRule, widened
@@ -24,7 +26,8 @@ class RouterRecord:
     ``logits`` ``[T, E]`` are what the router's rows gave (normalised, if they are, and before noise), ``weights`` and
     ``experts`` ``[T, K]`` what the block then used, in no particular order. ``noise`` is what was added to the logits for
     the choice, ``kept`` (bool ``[T, K]``) which choices were dispatched, where capacity or chance may hold some back, and
-    ``skipped`` (likewise) those that chance held back.
+    ``skipped`` (likewise) those that chance held back. ``part`` is the part of the model that the router is in, and ``own_real`` which
+    of its tokens count, bool ``[B', S']``, where they are not those of the rows: an encoder's are those of images.
     """
 
     layer: int
@@ -35,6 +38,12 @@ class RouterRecord:
     noise: Noise | None = None
     kept: torch.Tensor | None = None
     skipped: torch.Tensor | None = None
+    part: Part = "language"
+    own_real: torch.Tensor | None = None
+
+    def real(self, of_rows: torch.Tensor | None) -> torch.Tensor | None:
+        """Which tokens count, given those of the rows ``[B, S]``."""
+        return of_rows if self.own_real is None else self.own_real
 
     @cached_property
     def scores(self) -> torch.Tensor:
@@ -106,30 +115,61 @@ def capture(
     for layer in found:
         if layers is not None and layer.index not in layers:
             continue
-        if control is not None:
+        if control is not None and layer.part == "language":
             control.attach(layer)
-        watch_router(recorder, layer.block, layer.router, _reader(layer, control))
+        watch_router(recorder, layer.block, layer.router, _reader(layer, control), layer.part != "language")
     return recorder
 
 
 def _reader(layer: MoeLayer, control: RouterControl | None) -> Callable[..., RouterRecord]:
-    def read(logits: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> RouterRecord:
+    def read(
+        logits: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, length: int | None = None
+    ) -> RouterRecord:
         did = control.did(layer.index) if control else (None, None, None)
-        return RouterRecord(layer.index, logits, weights, experts, layer.rule, *did)
+        real = None
+        if layer.part != "language":
+            real = torch.ones(len(logits) // (length or len(logits)), length or len(logits), dtype=torch.bool)
+            real = real.to(logits.device)
+        return RouterRecord(layer.index, logits, weights, experts, layer.rule, *did, part=layer.part, own_real=real)
 
     return read
+
+
+def with_absent(
+    records: Sequence[RouterRecord], layers: Sequence[MoeLayer], dtype: torch.dtype, device: torch.device
+) -> list[RouterRecord]:
+    """Add records without a token of routers that did not run, as those of an encoder do not where a pass has no image.
+
+    All passes and ranks then have sums of the same losses and layers. Records come in the order of layers.
+    """
+    ran = {record.layer for record in records}
+    found = list(records)
+    for layer in layers:
+        if layer.index not in ran:
+            columns = layer.rule.top_k or 1
+            logits, weights = (torch.zeros(0, n, dtype=dtype, device=device) for n in (layer.rule.experts, columns))
+            ids = torch.zeros(0, columns, dtype=torch.int64, device=device)
+            real = torch.zeros(0, 1, dtype=torch.bool, device=device)
+            found.append(RouterRecord(layer.index, logits, weights, ids, layer.rule, part=layer.part, own_real=real))
+    return sorted(found, key=lambda record: record.layer)
 
 
 def watch_router(
     recorder: Recorder[Recorded],
     block: nn.Module,
     router: nn.Module,
-    read: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Recorded],
+    read: Callable[..., Recorded],
+    lengths: bool = False,
 ) -> None:
-    """Record ``read(logits, weights, experts)`` of a router, ``[T, E]`` and twice ``[T, K]``, whoever made its ``block``."""
+    """Record ``read(logits, weights, experts)`` of a router, ``[T, E]`` and twice ``[T, K]``, whoever made its ``block``.
+
+    With ``lengths``, a router of upcycle's own block also hands on the ``length`` of a sequence, or of an image in patches.
+    """
     of_parallel = read_router(block) if is_parallel(block) else None
 
-    def hook(_: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> Recorded:
+    def hook(inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> Recorded:
+        if lengths and isinstance(block, MoeBlock):
+            return read(*output, length=inputs[1])
         return read(*(of_parallel(output) if of_parallel else output))
 
     recorder.watch(router, hook)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -23,6 +23,7 @@ from upcycle.models.own.routing.standardized import StandardizedTopKRule
 from upcycle.models.own.routing.top_k import TopKRule
 from upcycle.registry import find
 from upcycle.trainers.distributed.expert_parallel import is_parallel
+from upcycle.trainers.routing.all_parts import Part, part_of, reads_images
 from upcycle.trainers.routing.routing_rule import RoutingRule
 from upcycle.trainers.routing.varying_rules import varying_rule
 
@@ -34,6 +35,8 @@ _ASKED = 64  # random tokens that an unknown router is asked about
 class RouterPlace:
     """Where one router of a stock model is: the layer's index, the block with the experts, and the router in it.
 
+    ``part`` is the part of the model that it is in.
+
     ``beside`` are blocks whose outputs are added to this one's: shared experts, in some architectures. DeepSpeed's AutoEP
     replaces blocks by its own: ``parallel``. Their experts are divided among ranks.
     """
@@ -42,6 +45,7 @@ class RouterPlace:
     block: nn.Module
     router: nn.Module
     beside: tuple[nn.Module, ...]
+    part: Part = field(default="language", kw_only=True)
 
     @property
     def parallel(self) -> bool:
@@ -187,7 +191,7 @@ def _number(name: str, otherwise: int) -> int:
 
 
 def _own_places(model: nn.Module) -> list[RouterPlace]:
-    """Where the routers of a model of upcycle's own class are; of a model of parts, those of its text model, as data are text.
+    """Where the routers of a model of upcycle's own class are; of a model of parts, those of its text model, if data are text.
 
     Layers of two towers, or of stages, are numbered through, as a conversion numbers them. Those of attention's projections are
     none of them: they predict norms, and no loss here is about these.
@@ -201,6 +205,9 @@ def _own_places(model: nn.Module) -> list[RouterPlace]:
     for place, (name, block) in enumerate(blocks):
         layer = places.layer_of(f"{name}.") if places is not None else None
         found.append(RouterPlace(_number(name, place) if layer is None else layer, block, block.router, ()))
+    if reads_images(model):  # parts have layers of the same numbers
+        pairs = zip(blocks, found, strict=True)
+        found = [replace(each, index=n, part=part_of(model, pair[0])) for n, (pair, each) in enumerate(pairs)]
     return found
 
 
@@ -213,7 +220,7 @@ def _own_layers(places: list[RouterPlace]) -> list[MoeLayer]:
             varying = varying_rule(rule, place.count)
             if varying is None:
                 return []
-            found.append(MoeLayer(place.index, place.block, place.router, (), varying))
+            found.append(MoeLayer(place.index, place.block, place.router, (), varying, part=place.part))
             continue
         # By ``ones`` every chosen expert weighs 1; softmax keeps the order of the logits, which is all that is left to say.
         equal = rule.equal_weight(place.count) if rule.scores == "ones" else None
@@ -225,12 +232,17 @@ def _own_layers(places: list[RouterPlace]) -> list[MoeLayer]:
             router = place.router
             bias = partial(selection_bias, router, router)
             read = replace(read, factor=rule.factor, epsilon=rule.epsilon, bias=bias)
-        found.append(MoeLayer(place.index, place.block, place.router, (), read))
+        found.append(MoeLayer(place.index, place.block, place.router, (), read, part=place.part))
     return found
 
 
 def read_by_text(model: Any) -> ModulePaths | None:
-    """Where a model of parts has its text model and head, the only parts that data of text train; ``None``: it has no other parts."""
+    """Where a model of parts has its text model and head, the only parts that data of text train; ``None``: there are no others.
+
+    Nor are there where the data have images, which all parts read.
+    """
+    if reads_images(model):
+        return None
     return module_paths_of(model.config) if find("wrapper", base_type(model.config)) is not None else None
 
 

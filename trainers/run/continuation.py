@@ -25,7 +25,7 @@ _DATA = ("data.cache", "data.validation.tokens", "data.validation.batch")
 # Of a stage: how large the steps are, and what is added to the loss.
 _STAGE = (
     "name", "learning_rate", "rates", "rates.*", "weight_decay", "router_weight_decay", "schedule.*", "preset", "preset.*",
-    "losses", "losses.*", "control.*", "distillation.cache", *_DATA,
+    "losses", "losses.*", "tower_losses", "tower_losses.*", "control.*", "distillation.cache", *_DATA,
 )  # fmt: skip
 _LENGTH = ("steps", "tokens")  # may change in the stage that is under way
 _LEARNED = "learned"  # router noise that has weights of its own, which a checkpoint has or lacks

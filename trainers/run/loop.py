@@ -37,6 +37,7 @@ from upcycle.trainers.distributed.ranks import Ranks, first_rank, process_group
 from upcycle.trainers.distributed.signals import StopSignals
 from upcycle.trainers.forecast.flops import measured_peak
 from upcycle.trainers.optimizing.optimizers import set_rates
+from upcycle.trainers.pictures.pictures import pictures_of
 from upcycle.trainers.recipe.data_recipe import DataRecipe
 from upcycle.trainers.recipe.training_recipe import TrainRecipe, parse_train_recipe, read_train_recipe
 from upcycle.trainers.routing.stock_routers import moe_layers
@@ -126,7 +127,7 @@ class _Run:
         self.folder = user_path(recipe.output)
         self.small = small_files(self.folder)
         self.origin = locate(recipe.model).path
-        self.tokenizer = tokenizer_of(self.origin)
+        self.tokenizer, self.pictures = tokenizer_of(self.origin), pictures_of(self.origin)
         self._check_inputs()
         self.identity = run_identity(recipe, self.origin)
         ranks.require_same("the recipe", {**self.identity, "batches": [recipe.micro_batch, recipe.global_batch]})
@@ -150,7 +151,9 @@ class _Run:
             data = stage.data or self.recipe.data
             preferences = next((found for before, found in checked if before == data), None)
             if preferences is None:
-                preferences = check_data(data, self.tokenizer, self.recipe.length, self.say, self.ranks.rank, masks)
+                preferences = check_data(
+                    data, self.tokenizer, self.recipe.length, self.say, self.ranks.rank, masks, self.pictures
+                )
                 checked.append((data, preferences))
             check_preferences(stage, preferences)
             parents = {reference_parent(data, self.origin)}
@@ -232,7 +235,7 @@ class _Run:
             if done == self.recipe.steps_of(recipe):
                 continue
             warnings: list[str] = []
-            stage = Stage(self.recipe, recipe, self.origin, saved, resumed, self.ranks, self.tokenizer)
+            stage = Stage(self.recipe, recipe, self.origin, saved, resumed, self.ranks, self.tokenizer, self.pictures)
             if saved and resumed:
                 warnings = stage.load_state(saved.state)
             elif saved and recipe.data == self.recipe.stages[index - 1].data:
@@ -262,6 +265,7 @@ class _Run:
             stage.stepper.control.step = number
             rate = set_rates(stage.engine.optimizer, stage.schedule(number))
             batches = [on_device(stage.stream.next_batch(), self.ranks.device) for _ in range(stage.passes)]
+            progress.warn(self.pictures.news() if self.pictures else ())
             result = stage.stepper.step(stage.engine, batches, number / stage.steps)
             progress.count_step(result)
             stage.unmask(number + 1)
@@ -341,9 +345,12 @@ class _Run:
         if not stage.top_k or self.progress.step < self.recipe.alarms.identical_after:
             return
         cosines, paths = {}, module_paths_of(stage.model.config)
-        counts = {layer.index: layer.count for layer in moe_layers(stage.model)}
+        layers = moe_layers(stage.model)
+        counts = {layer.index: layer.count for layer in layers}
+        blocks = {id(layer.block): layer.index for layer in layers}
+        places = {name: blocks[id(block)] for name, block in stage.model.named_modules() if id(block) in blocks}
         for tensor in stage.tensors.stock_tensors:
-            layer = paths.layer_of(tensor.name)
+            layer = places.get(tensor.name.partition(".experts.")[0], paths.layer_of(tensor.name))
             if layer in counts and tensor.name.endswith(_FIRST_PROJECTIONS):
                 weights = stage.tensors.weights(tensor)
                 if len(weights) % counts[layer] == 0:  # packed experts of unequal widths are not copies

@@ -13,6 +13,7 @@ from upcycle.files.locate import locate
 from upcycle.trainers.checkpoints.prepare_model import predicts_masked, tokenizer_of
 from upcycle.trainers.data.batches import open_stream
 from upcycle.trainers.data.data_check import check_data
+from upcycle.trainers.pictures.pictures import pictures_of
 from upcycle.trainers.recipe.training_recipe import TrainRecipe
 from upcycle.trainers.run.stage import check_objective
 
@@ -58,9 +59,18 @@ def shown_rows(recipe: TrainRecipe, count: int, say: Callable[[str], None]) -> l
     tokenizer, masks = tokenizer_of(origin), predicts_masked(origin)
     check_objective(recipe, recipe.stages[0], masks)
     data = recipe.stages[0].data or recipe.data
-    check_data(data, tokenizer, recipe.length, say, masks=masks)
+    pictures = pictures_of(origin)
+    check_data(data, tokenizer, recipe.length, say, masks=masks, pictures=pictures)
     stream = open_stream(
-        data, tokenizer, length=recipe.length, micro_batch=count, rank=0, world_size=1, seed=recipe.seed, masks=masks
+        data,
+        tokenizer,
+        length=recipe.length,
+        micro_batch=count,
+        rank=0,
+        world_size=1,
+        seed=recipe.seed,
+        masks=masks,
+        pictures=pictures,
     )
     batch = stream.next_batch()
     learned = batch.mask if batch.compared is None else batch.mask | batch.compared

@@ -29,6 +29,7 @@ from upcycle.trainers.checkpoints.prepare_model import (
 from upcycle.trainers.checkpoints.read import SavedRun
 from upcycle.trainers.checkpoints.whole_tensors import WholeTensors
 from upcycle.trainers.data.batches import TokenStream, open_stream, open_validation
+from upcycle.trainers.data.open_domain import reads_images
 from upcycle.trainers.data.packed_attention import check_fits, packing_leak
 from upcycle.trainers.distillation.expert_targets import recorded_scale
 from upcycle.trainers.distillation.frozen_shards import load_parent
@@ -40,8 +41,11 @@ from upcycle.trainers.forecast.flops import training_flops
 from upcycle.trainers.optimizing.optimizers import make_optimizer, state_keys
 from upcycle.trainers.optimizing.parameter_groups import frozen_parts, groups, select
 from upcycle.trainers.optimizing.router_rates import router_warning
+from upcycle.trainers.pictures.pictures import Pictures
+from upcycle.trainers.recipe.data_recipe import DataRecipe
 from upcycle.trainers.recipe.part_recipes import ControlParameters
 from upcycle.trainers.recipe.training_recipe import DistillationRecipe, StageRecipe, TrainRecipe, accumulation
+from upcycle.trainers.routing.all_parts import train_all_parts
 from upcycle.trainers.routing.stock_routers import moe_layers, unread_warning, untaught_warning
 from upcycle.trainers.run.deepspeed_config import deepspeed_config
 from upcycle.trainers.run.leaf_inputs import give_inputs_gradients
@@ -60,6 +64,7 @@ class Stage:
         resumed: whether the optimizer's states come from ``saved``, too: the checkpoint lies within this stage.
         ranks: all of them.
         tokenizer: the model's.
+        pictures: what it reads of images; ``None``: it reads none.
 
     Raises:
         UpcycleError: the stage does not fit the model, the data or the ranks.
@@ -74,6 +79,7 @@ class Stage:
         resumed: bool,
         ranks: Ranks,
         tokenizer: Any,
+        pictures: Pictures | None = None,
     ) -> None:
         self.recipe, self.stage_recipe = recipe, stage_recipe
         self.passes = accumulation(recipe, ranks.world_size)
@@ -91,6 +97,7 @@ class Stage:
         self.masks = predicts_masked(origin)
         check_fits(self.model.config, tokenizer, recipe.length)
         data = stage_recipe.data or recipe.data
+        self._show(data, pictures)
         # A row has one document for itself, unless it is a preference: two answers.
         apart = data.packing == "alone" and all(domain.chosen is None for domain in data.domains)
         leak = None if apart else packing_leak(self.model.config, recipe.micro_batch)
@@ -138,8 +145,9 @@ class Stage:
             world_size=ranks.world_size,
             seed=recipe.seed,
             masks=self.masks,
+            pictures=pictures,
         )
-        self.held_out = open_validation(data, tokenizer, length=recipe.length, masks=self.masks)
+        self.held_out = open_validation(data, tokenizer, length=recipe.length, masks=self.masks, pictures=pictures)
         if saved:
             saved.restore(self.tensors, states=resumed)
         elif recipe.dense_states:
@@ -156,7 +164,7 @@ class Stage:
         return {
             **({"adapter": description(self.model, adapter, self.recipe.model)} if adapter else {}),
             **({"unmasked": self.growth.value} if self.growth else {}),
-            "losses": {loss.name: loss.state() for loss in self.stepper.losses},
+            "losses": {loss.label: loss.state() for loss in self.stepper.losses},
             "balance": balance.state() if balance else None,
             "data": self.stream.state(),
         }
@@ -164,7 +172,7 @@ class Stage:
     def load_state(self, state: dict[str, Any]) -> list[str]:
         """Continue from :meth:`state`; returns a sentence for every file of the data that has changed since."""
         for loss in self.stepper.losses:
-            loss.load_state(state["losses"].get(loss.name, {}))
+            loss.load_state(state["losses"].get(loss.label, {}))
         if self.stepper.balance and state["balance"]:
             self.stepper.balance.load_state(state["balance"])
         return self.stream.restore(state["data"])
@@ -204,6 +212,13 @@ class Stage:
                 f"inputs, and experts of a {self.model.config.model_type} model are scaled otherwise and may read another input",
                 hint="leave it out, or convert to another target",
             )
+
+    def _show(self, data: DataRecipe, pictures: Pictures | None) -> None:
+        """Let every part of the model train, if the data have images."""
+        if pictures is not None and reads_images(data, pictures):
+            check_images(self.recipe, self.stage_recipe)
+            pictures.most_bad = data.bad_images
+            train_all_parts(self.model)
 
     def _adapt(self, saved: SavedRun | None) -> str | None:
         """Give the model the recipe's adapter, if it has one, as the checkpoint has it; returns a warning, if there is one."""
@@ -259,6 +274,29 @@ class Stage:
             # There are no other ranks to add gradients with. DeepSpeed would still copy all gradients into a bucket and back.
             engine.enable_backward_allreduce = False
         return engine
+
+
+def check_images(recipe: TrainRecipe, stage: StageRecipe) -> None:
+    """Refuse keys that do not go with data that have images.
+
+    Raises:
+        UsageError: names the key.
+    """
+    refused = {
+        "distillation.cache": (
+            stage.distillation is not None and stage.distillation.cache is not None,
+            "a cache knows rows by their tokens, and other images have the same",
+        ),
+        "zero.stage: 3": (
+            recipe.zero.stage == 3,
+            "a rank whose rows have no image does not run the encoder, and the others wait",
+        ),
+        "expert_parallel": (recipe.expert_parallel > 1, "AutoEP replaces experts of the language model alone"),
+        "adapter": (recipe.adapter is not None, "pairs of matrices are added to the language model alone"),
+    }
+    for key, (found, why) in refused.items():
+        if found:
+            raise UsageError(f"stage '{stage.name}': {key} does not go with images: {why}", hint=f"leave {key} out")
 
 
 def check_objective(recipe: TrainRecipe, stage: StageRecipe, masks: bool) -> None:

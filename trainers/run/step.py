@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,12 +34,13 @@ from upcycle.trainers.losses.next_token import token_losses
 from upcycle.trainers.losses.survey import Survey, needed
 from upcycle.trainers.recipe.part_recipes import ControlParameters
 from upcycle.trainers.recipe.training_recipe import StageRecipe
+from upcycle.trainers.routing.all_parts import part_of, reads_images
 from upcycle.trainers.routing.bias_balance import BiasBalance
 from upcycle.trainers.routing.neuron_records import ActivationRecord, capture_activations
 from upcycle.trainers.routing.recorder import Recorder
 from upcycle.trainers.routing.router_control import RouterControl
-from upcycle.trainers.routing.router_records import RouterRecord, capture
-from upcycle.trainers.routing.stock_routers import moe_layers, unread_warning
+from upcycle.trainers.routing.router_records import RouterRecord, capture, with_absent
+from upcycle.trainers.routing.stock_routers import MoeLayer, moe_layers, unread_warning
 from upcycle.trainers.run.step_result import PassSums, StepResult
 
 _BLOCK = 1 << 20  # elements that are widened to fp64 at once
@@ -75,6 +76,10 @@ class Stepper:
     def __init__(self, model: Any, stage: StageRecipe, ranks: Ranks, parent: Parent | None, clip: float) -> None:
         self.model, self.stage, self.ranks, self.parent, self.clip = model, stage, ranks, parent, clip
         self.losses: list[Loss] = make_losses(stage.losses)
+        for part, named in stage.tower_losses.items():
+            self.losses += make_losses(named, part)
+        self._layers: list[MoeLayer] = []  # whose routers are read; towers' alone may not run in a pass
+        self._towers: list[torch.nn.Parameter] = []  # weights that a pass without images does not reach
         self.control = RouterControl(stage.control)
         self.balance: BiasBalance | None = None
         self.routers: Recorder[RouterRecord] | None = None
@@ -91,8 +96,11 @@ class Stepper:
             UsageError: a loss of the stage reads routers or activations that the model does not have.
         """
         reads = {loss.reads for loss in self.losses}
-        routed = bool(moe_layers(self.model))
-        self._check_routed(routed)
+        self._layers = moe_layers(self.model)
+        routed = bool(self._layers)
+        self._check_routed()
+        if reads_images(self.model):
+            self._towers = [p for name, p in self.model.named_parameters() if part_of(self.model, name) != "language"]
         if routed and "activations" in reads:
             names = ", ".join(loss.name for loss in self.losses if loss.reads == "activations")
             raise UsageError(
@@ -108,14 +116,31 @@ class Stepper:
         if self.stage.balance is not None:
             self.balance = BiasBalance(self.model, self.stage.balance)
 
-    def _check_routed(self, routed: bool) -> None:
+    def _check_routed(self) -> None:
         """Refuse keys of the stage that read or change routers, where the model has none that can be read."""
-        keys = [f"losses.{loss.name}" for loss in self.losses if loss.reads == "router"]
+        routed = any(layer.part == "language" for layer in self._layers)
+        self._check_towers()
+        keys = [f"losses.{loss.name}" for loss in self.losses if loss.reads == "router" and loss.part == "language"]
         keys += ["balance"] if self.stage.balance is not None else []
         keys += ["control"] if self.stage.control != ControlParameters() else []
         if keys and not routed:
             reason = unread_warning(self.model) or f"{self.model.config.model_type} is a dense model, without routers"
             raise UsageError(f"{keys[0]}: {reason}", hint=f"leave out {', '.join(keys)}")
+
+    def _check_towers(self) -> None:
+        """Refuse losses of routers of a part that has none."""
+        there = {layer.part for layer in self._layers}
+        for loss in self.losses:
+            if loss.part != "language" and (loss.part not in there or loss.reads != "router"):
+                why = (
+                    "the model has no routers there"
+                    if reads_images(self.model)
+                    else "the data have no images, so that this part does not run"
+                )
+                raise UsageError(
+                    f"tower_losses.{loss.label}: {why if loss.reads == 'router' else 'it reads no routers'}",
+                    hint=f"leave out tower_losses.{loss.part}, or convert that part: part: [{loss.part}, ...]",
+                )
 
     def detach(self) -> None:
         """Remove every hook."""
@@ -167,6 +192,8 @@ class Stepper:
         if passes == 1 or self.stage.losses_over == "pass":
             return _BatchTotals(self.ranks.reduction, world_size)
         survey = needed(self.losses, distillation, passes, self.stage.losses_over)
+        if any(loss.part != "language" for loss in self.losses):  # whose means are over images, not over rows
+            survey = replace(survey, student=True)
         sums, sizes = self._surveyed(engine, batches, survey)
         parts = world_size * passes
         if sums is not None:
@@ -174,7 +201,7 @@ class Stepper:
         counts: dict[str, torch.Tensor] = {}
         for loss in self.losses:
             found = [loss.mean_over(batch.real) for batch in batches]
-            counts[loss.name] = self.ranks.total(
+            counts[loss.label] = self.ranks.total(
                 torch.stack([each.double() for each in found if each is not None]).sum(0)
             )
         return _BatchTotals(Means(counts, parts), parts, sizes)
@@ -212,7 +239,21 @@ class Stepper:
         self.control.rows(batch.real, [(self.seed, first + row) for row in range(size)])
 
     def _routers(self) -> list[RouterRecord]:
-        return self.routers.take() if self.routers else []
+        records = self.routers.take() if self.routers else []
+        if not records or len(records) == len(self._layers):
+            return records
+        like = records[0].logits
+        return with_absent(records, self._layers, like.dtype, like.device)
+
+    def _reached(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss, with gradients of at least 0 for all towers' weights: ranks add up gradients of the same weights.
+
+        A pass without images does not reach them, nor does any pass an encoder's last layer where a model reads the one below.
+        """
+        for weight in self._towers:
+            if weight.requires_grad:
+                loss = loss + 0.0 * weight.sum()
+        return loss
 
     def _read(self, records: list[RouterRecord]) -> dict[str, list[Any]]:
         return {"router": records, "activations": self.activations.take() if self.activations else []}
@@ -224,7 +265,7 @@ class Stepper:
         logits = packed_forward(engine, batch).logits
         nats = token_losses(logits, batch)
         distillation = self.parent.recipe if self.parent else None
-        loss = nats.sum() * weight * (distillation.next_token if distillation else 1.0)
+        loss = self._reached(nats.sum() * weight * (distillation.next_token if distillation else 1.0))
         parts: dict[str, torch.Tensor] = {}
         records = self._routers()
         if self.losses:

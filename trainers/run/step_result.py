@@ -60,13 +60,15 @@ class PassSums:
         for name, part in parts.items():
             self._parts[name] = self._parts.get(name, torch.zeros_like(part)) + part
         for record in records:
-            counts = counted(record.chosen.detach(), batch.real)
+            real = record.real(batch.real)
+            assert real is not None
+            counts = counted(record.chosen.detach(), real)
             self._counts[record.layer] = self._counts.get(record.layer, torch.zeros_like(counts)) + counts
             if record.rule.varies:
-                self._tokens += float(batch.real.sum())
+                self._tokens += float(real.sum())
             if record.kept is not None:
-                dropped = counted(record.dropped, batch.real).sum()
-                self._dropped.append(torch.stack([dropped, batch.real.sum() * record.experts.shape[1]]))
+                dropped = counted(record.dropped, real).sum()
+                self._dropped.append(torch.stack([dropped, real.sum() * record.experts.shape[1]]))
         for row, domain in enumerate(batch.domains):
             sums = self._domains.setdefault(domain, [0.0, 0])
             sums[0] = sums[0] + nats[row].double().sum()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,7 +51,9 @@ def validate(
 
 
 def on_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
-    """The same batch on ``device``."""
+    """The same batch on ``device``, with its images read."""
+    batch = batch.loaded()
     if device.type == "cpu":
         return batch
-    return batch.each(lambda part: part.to(device))
+    shown = batch.pictures.each(lambda part: part.to(device)) if batch.pictures else None
+    return replace(batch.each(lambda part: part.to(device)), pictures=shown)

@@ -184,9 +184,9 @@ def page(dense: Result, rows: dict[str, tuple[dict[str, Any], Result]]) -> str:
         lines.append(f"| {name} | {row.losses[0]:.4f} | {row.losses[1]:.4f} | {row.auxiliary} |")
     lines += [
         "",
-        "The step is taken by plain PyTorch: `upcycle train` reads text, and so trains the text model alone. This shows that",
-        "gradients reach the routers of all parts. It says nothing about the quality that CuMo or MoE-LLaVA reach with millions",
-        "of images.",
+        "The step is taken by plain PyTorch, to show that gradients reach the routers of all parts. `upcycle train` runs the",
+        "papers' stages on [conversations with images](../guides/vision_language.md). Nothing here is about the quality that CuMo or",
+        "MoE-LLaVA reach with millions of images.",
         "",
     ]
     return "\n".join(lines)

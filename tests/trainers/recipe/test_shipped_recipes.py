@@ -132,7 +132,7 @@ ROUNDING = 1e-5
 
 def test_every_recipe_names_its_conversion_or_is_for_dense_models() -> None:
     dense = {name for name in RECIPES if named_conversion(name) is None}
-    assert dense == {"d2dmoe_sparsify", "distill_dense"}
+    assert dense == {"d2dmoe_sparsify", "distill_dense", "moe_tuning_dense", "cumo_dense", "llava_mod_dense"}
     assert {words[1] for name in RECIPES if (words := named_conversion(name))} <= set(shipped("convert"))
 
 

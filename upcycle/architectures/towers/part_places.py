@@ -47,6 +47,15 @@ _CONNECTORS = (
 _ANY_CONNECTOR = ("multi_modal_projector", "connector", "embed_vision", "visual_embeddings_table")
 
 
+_NEW_LINE = "image_newline"  # what LLaVA-NeXT puts behind each row of an image
+
+
+def is_connector(path: str) -> bool:
+    """Return whether a module or parameter, by its path below the base model, leads from an encoder to the text model."""
+    known = (*(place.layer.removesuffix(".{}") for place in _CONNECTORS), *_ANY_CONNECTOR, _NEW_LINE)
+    return any(path == one or path.startswith(f"{one}.") for one in known)
+
+
 class PartPlaces(NamedTuple):
     """The FFNs of one part: their descriptions, or why it has none that experts can stand for."""
 

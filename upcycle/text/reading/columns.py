@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from upcycle.errors import UsageError
 from upcycle.text.reading.conversations import BESIDE, Broken, TextOrExample, conversation, pair, preference
+from upcycle.text.reading.images_in_rows import COLUMNS as IMAGE_COLUMNS
+from upcycle.text.reading.images_in_rows import has_images
 from upcycle.text.reading.table_rows import holds_list, type_name
 
 RowKind: TypeAlias = Literal["text", "chat", "pairs", "preferences"]
@@ -31,6 +34,8 @@ class Reading:
         response: the column of the response, for pairs; of the better one, for preferences.
         rejected: the column of the worse response, for preferences.
         kind: what rows hold, once :func:`choose_reading` has seen them.
+        images: whether rows have images: of examples ``maybe`` becomes ``yes`` where the first row of a file has one.
+        folder: what their names are relative to; None: the folder of their file.
     """
 
     column: str | None = None
@@ -40,13 +45,30 @@ class Reading:
     response: str | None = None
     rejected: str | None = None
     kind: RowKind = "text"
+    images: Literal["no", "maybe", "yes"] = "no"
+    folder: str | None = None
 
     @property
     def columns(self) -> tuple[str, ...] | None:
         """The columns that are read, of those that a table may have; None: none are known yet."""
+        images = IMAGE_COLUMNS if self.images == "yes" else ()
         if self.response is not None:
-            return (*self.prompt, self.response, *((self.rejected, *BESIDE) if self.rejected else ()))
-        return None if self.column is None else (self.column, *(BESIDE if self.kind == "chat" else ()))
+            return (*self.prompt, self.response, *((self.rejected, *BESIDE) if self.rejected else ()), *images)
+        return None if self.column is None else (self.column, *((*BESIDE, *images) if self.kind == "chat" else ()))
+
+    @property
+    def images_in(self) -> str | None:
+        """The folder of images; None: rows have none."""
+        return (self.folder or "") if self.images == "yes" else None
+
+    def of_file(self, path: Path) -> Reading:
+        """The same for one file, beside which images are, unless a folder was named."""
+        return self if self.images != "yes" or self.folder else replace(self, folder=str(path.parent))
+
+    def seen(self, kind: RowKind, rows: Iterable[Any]) -> Reading:
+        """The same with what the first row of each file shows."""
+        images = "yes" if self.images == "maybe" and kind != "text" and any(map(has_images, rows)) else self.images
+        return replace(self, kind=kind, images="no" if images == "maybe" or kind == "text" else images)
 
 
 def choose_reading(rows: Iterable[tuple[str, Any]], reading: Reading) -> Reading:
@@ -68,10 +90,10 @@ def choose_reading(rows: Iterable[tuple[str, Any]], reading: Reading) -> Reading
                     raise UsageError(
                         f"{where}: no column '{name}'; {_listed(row)}", hint="name the columns in the domain"
                     )
-        return replace(reading, kind="pairs" if reading.rejected is None else "preferences")
+        return reading.seen("pairs" if reading.rejected is None else "preferences", (row for _, row in found))
     column = choose_column(found, reading.column)
     kind: RowKind = "chat" if any(_is_chat(column, row[column]) for _, row in found) else "text"
-    return replace(reading, column=column, kind=kind)
+    return replace(reading, column=column).seen(kind, (row for _, row in found))
 
 
 def choose_column(rows: Iterable[tuple[str, Any]], column: str | None) -> str:
@@ -108,8 +130,8 @@ def document_of(row: Any, reading: Reading, where: object) -> TextOrExample | Br
         return Broken(f"{where}: a row is {type(row).__name__}, not columns by name")
     if reading.response is not None:
         if reading.rejected is None:
-            return pair(row, reading.prompt, reading.response, where)
-        return preference(row, reading.prompt, reading.response, reading.rejected, where)
+            return pair(row, reading.prompt, reading.response, where, reading.images_in)
+        return preference(row, reading.prompt, reading.response, reading.rejected, where, reading.images_in)
     return _of_column(row, reading, where)
 
 
@@ -119,7 +141,7 @@ def _of_column(row: Mapping[str, Any], reading: Reading, where: object) -> TextO
         return Broken(f"{where}: no column '{reading.column}'; {_listed(row)}")
     value = row[reading.column]
     if reading.kind == "chat":
-        return conversation(value, row, reading.column, where)
+        return conversation(value, row, reading.column, where, reading.images_in)
     if not isinstance(value, str | None):
         return Broken(f"{where}: column '{reading.column}' holds {type(value).__name__}, not text")
     return value or ""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias
 
 from upcycle.errors import UpcycleError, UsageError
 from upcycle.files.formats.parsing import parse_json
+from upcycle.text.reading.images_in_rows import IMAGE_PART, ImagesRefusedError, is_image_part, placed_images
 
 ANSWERS = "assistant"
 _OPENAI = ("system", "developer", "user", ANSWERS, "tool", "function")
@@ -38,6 +39,8 @@ class Example:
         tools: what the template is told of tools.
         taught: for each message, whether it is an answer that counts: an assistant's, unless its ``weight`` is 0.
         rejected: of a preference, the messages that are worse; they differ in the last, an answer.
+        images: the names of its images, in the order of the parts ``{"type": "image"}`` of its messages.
+        folder: what these names are relative to.
     """
 
     messages: tuple[Mapping[str, Any], ...]
@@ -45,11 +48,14 @@ class Example:
     tools: tuple[Any, ...] = ()
     taught: tuple[bool, ...] = ()
     rejected: tuple[Mapping[str, Any], ...] = ()
+    images: tuple[str, ...] = ()
+    folder: str = ""
 
     @cached_property
     def content(self) -> str:
         """All that it says, as JSON: equal conversations have equal ones, wherever they stand."""
         rejected = [self.rejected] if self.rejected else []
+        rejected += [self.images] if self.images else []
         # Tables may have times or bytes beside what is said.
         return json.dumps([self.messages, self.tools, self.taught, *rejected], ensure_ascii=False, default=str)
 
@@ -67,7 +73,9 @@ def content_of(document: TextOrExample) -> str:
     return document if isinstance(document, str) else document.content
 
 
-def conversation(value: Any, row: Mapping[str, Any], column: str, where: object) -> Example | Broken:
+def conversation(
+    value: Any, row: Mapping[str, Any], column: str, where: object, folder: str | None = None
+) -> Example | Broken:
     """Return the conversation in a column of a row; null and an empty list are one without messages.
 
     Args:
@@ -76,13 +84,14 @@ def conversation(value: Any, row: Mapping[str, Any], column: str, where: object)
         row: all columns; ``tools`` is handed to the template, and ``system`` becomes the first message, unless there is one.
         column: the column's name, for messages.
         where: the row's place.
+        folder: what names of images are relative to; None: nothing but text is read.
     """
     value = _message_list(value, column, where)
     if isinstance(value, Broken) or not value:
         return value or Example((), where)
     messages, taught = [], []
     for number, given in enumerate(value, start=1):
-        message = _message(given, f"{where}: message {number} of '{column}'")
+        message = _message(given, f"{where}: message {number} of '{column}'", folder is not None)
         if isinstance(message, Broken):
             return message
         weight = message.pop(_WEIGHT, 1)
@@ -96,10 +105,23 @@ def conversation(value: Any, row: Mapping[str, Any], column: str, where: object)
     tools = _tools(row.get(_TOOLS))
     if tools is None:
         return Broken(f"{where}: column '{_TOOLS}' is not a list of tools, nor JSON that holds one")
-    return Example(tuple(messages), where, tools, tuple(taught))
+    return _pictured(Example(tuple(messages), where, tools, tuple(taught)), row, folder)
 
 
-def pair(row: Mapping[str, Any], prompt: Sequence[str], response: str, where: object) -> Example | Broken:
+def _pictured(example: Example, row: Mapping[str, Any], folder: str | None) -> Example | Broken:
+    """Return an example with its images, which are relative to ``folder``; None: it has none."""
+    if folder is None:
+        return example
+    try:
+        messages, images = placed_images(example.messages, row)
+    except ImagesRefusedError as error:
+        return Broken(f"{example.where}: {error}")
+    return replace(example, messages=tuple(messages), images=images, folder=folder) if images else example
+
+
+def pair(
+    row: Mapping[str, Any], prompt: Sequence[str], response: str, where: object, folder: str | None = None
+) -> Example | Broken:
     """Return a row's prompt and response as a conversation of two messages, or one without messages if the response is blank.
 
     Args:
@@ -107,6 +129,7 @@ def pair(row: Mapping[str, Any], prompt: Sequence[str], response: str, where: ob
         prompt: the columns of the prompt, joined by empty lines where they are not blank.
         response: the column of the response.
         where: the row's place.
+        folder: as :func:`conversation`; a prompt may be blank where there are images.
     """
     question, answer = _question(row, prompt, where), _text(row, response, where)
     if isinstance(question, Broken):
@@ -115,14 +138,20 @@ def pair(row: Mapping[str, Any], prompt: Sequence[str], response: str, where: ob
         return answer
     if not answer.strip():
         return Example((), where)
-    if not question:
-        return Broken(f"{where}: the prompt ({', '.join(prompt)}) is blank, but there is a response")
     messages = {"role": "user", "content": question}, {"role": ANSWERS, "content": answer}
-    return Example(messages, where, taught=(False, True))
+    found = _pictured(Example(messages, where, taught=(False, True)), row, folder)
+    if isinstance(found, Example) and not question and not found.images:
+        return Broken(f"{where}: the prompt ({', '.join(prompt)}) is blank, but there is a response")
+    return found
 
 
 def preference(
-    row: Mapping[str, Any], prompt: Sequence[str], chosen: str, rejected: str, where: object
+    row: Mapping[str, Any],
+    prompt: Sequence[str],
+    chosen: str,
+    rejected: str,
+    where: object,
+    folder: str | None = None,
 ) -> Example | Broken:
     """Return a row's better and worse answer to the same messages; only the last of each is compared.
 
@@ -133,6 +162,7 @@ def preference(
         chosen: the column of the better answer.
         rejected: the column of the worse one.
         where: the row's place.
+        folder: as :func:`conversation`.
     """
     asked = _asked(row, prompt, where)
     if isinstance(asked, Broken):
@@ -143,7 +173,7 @@ def preference(
         answer = _answer(row.get(column), prompt, column, where)
         if isinstance(answer, list) and answer:
             answer = [*asked, *answer]
-        side = answer if isinstance(answer, Broken) else conversation(answer, beside, column, where)
+        side = answer if isinstance(answer, Broken) else conversation(answer, beside, column, where, folder)
         if isinstance(side, Broken):
             return side
         if not side.messages or side.messages[-1]["role"] != ANSWERS:
@@ -158,7 +188,7 @@ def preference(
     if said[0] == said[1]:
         return Broken(f"{where}: the answers in '{chosen}' and '{rejected}' are equal, so there is nothing to prefer")
     last = (*(False for _ in better.messages[:-1]), True)
-    return Example(better.messages, where, better.tools, last, worse.messages)
+    return replace(better, taught=last, rejected=worse.messages)
 
 
 def _asked(row: Mapping[str, Any], prompt: Sequence[str], where: object) -> list[Any] | Broken:
@@ -224,7 +254,7 @@ def _message_list(value: Any, column: str, where: object) -> list[Any] | Broken:
     return list(value)
 
 
-def _message(given: Any, where: str) -> dict[str, Any] | Broken:
+def _message(given: Any, where: str, pictured: bool = False) -> dict[str, Any] | Broken:
     if not isinstance(given, Mapping):
         return Broken(f"{where} is {type(given).__name__}, not a role and content")
     kept = {str(key): value for key, value in given.items() if value is not None}
@@ -240,15 +270,25 @@ def _message(given: Any, where: str) -> dict[str, Any] | Broken:
     if role is None:
         return Broken(f"{where} has the role {given.get('role', given.get('from'))!r}; known are {', '.join(known)}")
     if isinstance(content, list):
-        content = _joined(content)
+        content = _with_images(content) if pictured and any(map(is_image_part, content)) else _joined(content)
         if content is None:
             return Broken(f"{where} has parts other than text, which are not trained on here")
     if content is None and "tool_calls" in kept:
         return {"role": role, **kept}
-    if not isinstance(content, str):
+    if not isinstance(content, str | list):
         what = "no content" if content is None else f"content of type {type(content).__name__}, not text"
         return Broken(f"{where} has {what}")
     return {"role": role, "content": content, **kept}
+
+
+def _with_images(parts: list[Any]) -> list[Any] | None:
+    """Return parts that are texts or images, or None where there are others."""
+    texts = [part if is_image_part(part) else _joined([part]) for part in parts]
+    if any(text is None for text in texts):
+        return None
+    return [
+        {"type": "text", "text": text} if isinstance(text, str) else {**IMAGE_PART, **text} for text in texts if text
+    ]
 
 
 def _joined(parts: list[Any]) -> str | None:

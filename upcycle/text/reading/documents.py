@@ -83,6 +83,7 @@ class FilePiece:
             elif self.kind == "text":
                 yield from self._texts(reading.separator)
             else:
+                reading = reading.of_file(self.path)
                 for where, row in self.rows(reading):
                     yield row if isinstance(row, Broken) else document_of(row, reading, where)
         except FileNotFoundError:
