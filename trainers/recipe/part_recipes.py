@@ -98,6 +98,11 @@ class ControlParameters(PluginParameters):
     cluster_steps: int = Field(
         250, ge=1, description="of cluster_dropout: after so many steps other experts are dropped"
     )
+    dense_gradients: bool = Field(
+        False,
+        description="compute all experts, so that routers get the gradient that they would have if all ran; the output is that of the "
+        "chosen ones (DenseMixer)",
+    )
 
 
 class DistillationParameters(PluginParameters):

@@ -18,6 +18,7 @@ from upcycle.trainers.data.keyed_random import random_words
 from upcycle.trainers.recipe.part_recipes import ControlParameters
 from upcycle.trainers.routing.capacity import within_capacity
 from upcycle.trainers.routing.cluster_dropout import check_clusters, without_dropped
+from upcycle.trainers.routing.dense_gradients import attach_dense_gradients, check_dense_gradients
 from upcycle.trainers.routing.routing_rule import RoutingRule, widened
 from upcycle.trainers.routing.stock_routers import MoeLayer, sampling_noise
 
@@ -52,6 +53,8 @@ class RouterControl:
       its absence from the output is simulated. Papers evaluate with a larger capacity (ST-MoE, DeepSpeed: 2.0): that is
       ``evaluation_capacity_factor``. Groups are rows by default, and every router's own: GShard's and ST-MoE's groups are
       tokens that lie together, DeepSpeed's and Megatron-LM's a device's pass.
+
+    - dense gradients: DenseMixer's, see :mod:`upcycle.trainers.routing.dense_gradients`.
 
     In validation, too, as the paper's model has it:
 
@@ -116,6 +119,9 @@ class RouterControl:
             )
         if options.cluster_dropout:
             check_clusters(options, layer)
+        if options.dense_gradients:
+            check_dense_gradients(options, layer)
+            self._handles += attach_dense_gradients(layer)
         if options.noise == "learned" and not hasattr(layer.router, NOISE_WEIGHT):
             rows = next(layer.router.parameters())
             layer.router.register_parameter(NOISE_WEIGHT, nn.Parameter(torch.zeros_like(rows)))

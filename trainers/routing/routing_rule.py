@@ -16,7 +16,7 @@ class RoutingRule:
 
     The weights are ``factor * score / (sum of the chosen + epsilon)`` where ``normalized``, else ``factor * score``. A
     softmax of the top-k logits is the same as a normalised top-k of the softmax. ``constant`` is what every chosen expert
-    weighs where no score matters.
+    weighs where no score matters. Logits are divided by ``temperature`` before anything else.
     """
 
     score: Score
@@ -26,6 +26,7 @@ class RoutingRule:
     factor: float = 1.0
     epsilon: float = 0.0
     constant: float | None = None
+    temperature: float = 1.0
     # Returns [E] or None. Asked for every time, as casting a model replaces its buffers.
     bias: Callable[[], torch.Tensor | None] = lambda: None
 
@@ -36,7 +37,7 @@ class RoutingRule:
 
     def scores(self, logits: torch.Tensor) -> torch.Tensor:
         """``[T, E]`` in at least fp32: the softmax, or the sigmoid of every logit."""
-        wide = widened(logits)
+        wide = widened(logits) if self.temperature == 1 else widened(logits) / self.temperature
         return wide.softmax(-1) if self.score == "softmax" else wide.sigmoid()
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:

@@ -120,6 +120,12 @@ class Stage:
                 f"inputs, and experts of a {self.model.config.model_type} model are scaled otherwise and may read another input",
                 hint="leave it out, or convert to another target",
             )
+        if stage_recipe.control.dense_gradients and recipe.zero.stage == 3:
+            raise UsageError(
+                f"stage '{stage_recipe.name}': control.dense_gradients runs every expert a second time, whose weights ZeRO's stage 3 has "
+                "on other ranks by then",
+                hint="set zero.stage below 3",
+            )
         if not divided:
             self.stepper.attach()
         self.trained = select(self.model, stage_recipe.train)

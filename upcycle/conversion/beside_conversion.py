@@ -52,7 +52,9 @@ class BesideConversion(GrowthConversion):
         from upcycle.text.beginnings import beginnings
 
         if self.recipe.tokenizer == "none":
-            raise UsageError("instructions are clustered, and --tokenizer none leaves no tokenizer", hint="--tokenizer copy")
+            raise UsageError(
+                "instructions are clustered, and --tokenizer none leaves no tokenizer", hint="--tokenizer copy"
+            )
         tokenizer = load_tokenizer(checkpoint.source.path)
         windows = beginnings(self.recipe.calibration, tokenizer, self.beside.instruction)
         if len(windows) < self.beside.clusters:
@@ -113,7 +115,10 @@ class BesideConversion(GrowthConversion):
         """Compare every tensor that is not new with its origin, and the logits of both models."""
         from upcycle.verification.verify_growth import verify_growth
 
-        return verify_growth(self, checkpoint, folder, windows, progress, lambda e: not isinstance(e.origin, MadeTensor))
+        def same(entry: OutputEntry) -> bool:
+            return not isinstance(entry.origin, MadeTensor)
+
+        return verify_growth(self, checkpoint, folder, windows, progress, same, training)
 
 
 def instruction_clusters(
@@ -139,7 +144,9 @@ def instruction_clusters(
 
 def _embeddings(job: BesideConversion, checkpoint: Checkpoint) -> torch.Tensor:
     """Return the source's token embeddings ``[V, d]``."""
-    name = next(entry.origin.name for unit in job.units if unit.name == "embeddings" for entry in unit.entries if entry.origin)
+    name = next(
+        entry.origin.name for unit in job.units if unit.name == "embeddings" for entry in unit.entries if entry.origin
+    )
     return checkpoint.read(name).float()
 
 

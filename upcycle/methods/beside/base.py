@@ -109,7 +109,8 @@ class BesideMethod(Growth):
         )
         if top_k > experts:
             raise UsageError(
-                f"top_k is {top_k}, and there are {experts} experts", hint=f"--top-k {experts} or fewer, or more experts"
+                f"top_k is {top_k}, and there are {experts} experts",
+                hint=f"--top-k {experts} or fewer, or more experts",
             )
         layers = layer_selection(recipe.layers, dense.num_hidden_layers)
         alike: dict[AdaptedFfn, list[int]] = defaultdict(list)
@@ -228,7 +229,9 @@ def _pieces(
         pieces.append(Piece(f"layer {layer}", layer, tensors))
     if clusters:
         ffn = next(iter(by_layer.values()))
-        prefix = f"{family.module_paths.body}.instruction_clusters" if family.module_paths.body else "instruction_clusters"
+        prefix = (
+            f"{family.module_paths.body}.instruction_clusters" if family.module_paths.body else "instruction_clusters"
+        )
         shapes = {"products": (ffn.vocabulary, ffn.clusters), "norms": (ffn.clusters,)}
         found = {f"{prefix}.{part}": ClusterTensor(like, shape=shape, part=part) for part, shape in shapes.items()}
         added += sum(math.prod(shape) for shape in shapes.values())

@@ -43,7 +43,7 @@ class Mocle(BesideMethod):
     Deviations. The paper embeds an instruction by a sentence encoder; here it is the mean of the model's own token embeddings, so
     that the folder needs no second model. The instruction is a text's first ``instruction`` tokens, and a token among them is judged
     by those up to it: a text has the same experts whether it is read at once or written token by token. The paper adds noise to
-    the logits in training; ``control: {noise: fixed}`` of a training recipe does. It adapts attention, too: here FFNs alone.
+    the logits in training, one for a whole text, and adapts attention, too: here is no noise, and FFNs alone are adapted.
 
     With ``router=tokens`` the router reads each token, and there are no clusters: token-conditional top-1.
     """

@@ -44,4 +44,6 @@ class Pesc(BesideMethod):
         from upcycle.models.own.routing.top_k import TopKRule
 
         told = self.parameters
-        return AdaptedFfn((), hidden, (), told.activation, told.rank, 1.0, experts, False, TopKRule(top_k), vocabulary=1)
+        return AdaptedFfn(
+            (), hidden, (), told.activation, told.rank, 1.0, experts, False, TopKRule(top_k), vocabulary=1
+        )

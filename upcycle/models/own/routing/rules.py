@@ -14,5 +14,14 @@ from upcycle.models.own.routing.top_k import TopKRule
 
 RULES: dict[str, type[RouterRule]] = {
     rule.name: rule
-    for rule in (TopKRule, TemperedRule, DynamicKRule, ThresholdRule, ReluRule, ExpertChoiceRule, BiasedTopKRule, SkipRule)
+    for rule in (
+        TopKRule,
+        TemperedRule,
+        DynamicKRule,
+        ThresholdRule,
+        ReluRule,
+        ExpertChoiceRule,
+        BiasedTopKRule,
+        SkipRule,
+    )
 }

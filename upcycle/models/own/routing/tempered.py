@@ -39,6 +39,10 @@ class TemperedRule(TopKRule):
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
             raise ValueError(f"'temperature' must be a positive number, got {value!r}")
 
+    def sums_to_one(self, experts: int) -> bool:
+        """See :class:`~upcycle.models.own.routing.base.RouterRule`."""
+        return self.normalized or self.top_k == experts
+
     @property
     def says(self) -> str:
         """See :class:`~upcycle.models.own.routing.base.RouterRule`."""
