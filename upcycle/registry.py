@@ -44,6 +44,8 @@ METHODS = {
     "quantize": "upcycle.methods.compressing.quantize:Quantize",
     "add_expert": "upcycle.methods.growing.add_expert:AddExpert",
     "expert_upcycling": "upcycle.methods.growing.expert_upcycling:ExpertUpcycling",
+    "mocle": "upcycle.methods.beside.mocle:Mocle",
+    "pesc": "upcycle.methods.beside.pesc:Pesc",
     "random_split": "upcycle.splitters.random_split:RandomSplit",
     "contiguous_split": "upcycle.splitters.contiguous_split:ContiguousSplit",
     "weight_kmeans": "upcycle.splitters.weight_kmeans:WeightKMeans",

@@ -38,7 +38,7 @@ NAMES = [
     )
     for name in METHODS
     if load("method", name).kind
-    not in ("growth", "addition", "pruning", "compression", "narrowing")  # these have files of their own
+    not in ("growth", "addition", "pruning", "compression", "narrowing", "beside")  # these have files of their own
 ]
 
 

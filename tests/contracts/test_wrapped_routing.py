@@ -21,7 +21,8 @@ from upcycle.models.own.routing.rules import RULES
 pytestmark = pytest.mark.one_in(8)  # the other cases are long
 
 E = 8
-OF_COMPRESSED = {"biased_top_k", "skip"}  # rules that conversions of dense models do not write: test_wrapped_moe.py
+# Rules that conversions of dense models to experts do not write: test_wrapped_moe.py, test_beside.py
+OF_COMPRESSED = {"biased_top_k", "skip", "tempered"}
 QUICK: dict[str, Any] = {"tokenizer": "none", "verification": {"tokens": 64}}
 SPLIT: dict[str, Any] = {"method": "random_split", "experts": E, "target": "upcycle_moe", **QUICK}
 TEXT = {"text": "prose", "tokens": 2048, "window": 64}

@@ -63,7 +63,7 @@ class DenseStates:
             raise UsageError(f"dense_states: {model} is made of several models", hint=_HINT)
         self.dense = DenseCheckpoint(Source(str(run), self.saved.folder))
         method = method_of(recipe)
-        if method.kind in ("growth", "pruning", "compression"):
+        if method.kind in ("growth", "pruning", "compression", "beside"):
             raise UsageError(f"dense_states: {recipe.method} makes no experts of a dense model", hint=_HINT)
         dense = self.dense
         job = prepare_experts(

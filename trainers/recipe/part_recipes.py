@@ -114,6 +114,11 @@ class ControlParameters(PluginParameters):
     cluster_steps: int = Field(
         250, ge=1, description="of cluster_dropout: after so many steps other experts are dropped"
     )
+    dense_gradients: bool = Field(
+        False,
+        description="compute all experts, so that routers get the gradient that they would have if all ran; the output is that of the "
+        "chosen ones (DenseMixer)",
+    )
 
     @model_validator(mode="after")
     def _one_choice(self) -> ControlParameters:

@@ -19,6 +19,7 @@ from upcycle.trainers.data.keyed_random import random_words
 from upcycle.trainers.recipe.part_recipes import ControlParameters
 from upcycle.trainers.routing.capacity import within_capacity
 from upcycle.trainers.routing.cluster_dropout import check_clusters, without_dropped
+from upcycle.trainers.routing.dense_gradients import attach_dense_gradients, check_dense_gradients
 from upcycle.trainers.routing.expert_dropout import drop_inside
 from upcycle.trainers.routing.other_choices import check_choice, sampled_top_1, soft, temperature_of
 from upcycle.trainers.routing.routing_rule import RoutingRule, widened
@@ -58,6 +59,7 @@ class RouterControl:
 
     - choice: sample: BTX's Sample-Top-1, see :func:`upcycle.trainers.routing.other_choices.sampled_top_1`. Validation and the
       exported model take the most probable expert at weight 1; the paper draws there, too.
+    - dense gradients: DenseMixer's, see :mod:`upcycle.trainers.routing.dense_gradients`.
 
     In validation, too, as the paper's model has it:
 
@@ -134,6 +136,9 @@ class RouterControl:
             check_clusters(options, layer)
         self.unexported = check_choice(options, layer) or self.unexported
         self._first = layer.index if self._first is None else self._first
+        if options.dense_gradients:
+            check_dense_gradients(options, layer)
+            self._handles += attach_dense_gradients(layer)
         if options.noise == "learned" and not hasattr(layer.router, NOISE_WEIGHT):
             rows = next(layer.router.parameters())
             layer.router.register_parameter(NOISE_WEIGHT, nn.Parameter(torch.zeros_like(rows)))

@@ -17,7 +17,8 @@ class RoutingRule:
 
     The weights are ``factor * score / (sum of the chosen + epsilon)`` where ``normalized``, else ``factor * score``. A
     softmax of the top-k logits is the same as a normalised top-k of the softmax. ``constant`` is what every chosen expert
-    weighs where no score matters. Where there is a ``spread``, the model itself normalises logits (Skywork-MoE).
+    weighs where no score matters. Where there is a ``spread``, the model itself normalises logits (Skywork-MoE). Logits are
+    divided by ``temperature`` before anything else.
     """
 
     score: Score
@@ -28,6 +29,7 @@ class RoutingRule:
     epsilon: float = 0.0
     constant: float | None = None
     spread: float | None = None
+    temperature: float = 1.0
     # Returns [E] or None. Asked for every time, as casting a model replaces its buffers.
     bias: Callable[[], torch.Tensor | None] = lambda: None
 
@@ -41,6 +43,8 @@ class RoutingRule:
         wide = widened(logits)
         if self.spread is not None:
             wide = normalized_logits(wide, self.spread)
+        if self.temperature != 1:
+            wide = wide / self.temperature
         return wide.softmax(-1) if self.score == "softmax" else wide.sigmoid()
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:

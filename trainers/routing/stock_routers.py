@@ -16,10 +16,11 @@ from upcycle.architectures.moe.base import Score, Target
 from upcycle.errors import UsageError
 from upcycle.files.formats.settings import base_type
 from upcycle.models.experts import has_experts
-from upcycle.models.own.moe_block import MoeBlock
+from upcycle.models.own.moe_block import RoutedBlock
 from upcycle.models.own.routing.biased_top_k import BiasedTopKRule
 from upcycle.models.own.routing.skip import SkipRule
 from upcycle.models.own.routing.standardized import StandardizedTopKRule
+from upcycle.models.own.routing.tempered import TemperedRule
 from upcycle.models.own.routing.top_k import TopKRule
 from upcycle.registry import find
 from upcycle.trainers.distributed.expert_parallel import is_parallel
@@ -61,8 +62,8 @@ class RouterPlace:
     @property
     def count(self) -> int:
         """How many routed experts there are on all ranks together."""
-        if isinstance(self.block, MoeBlock):
-            return self.block.experts.count
+        if isinstance(self.block, RoutedBlock):
+            return int(self.block.experts.count)
         weight: Any = next(self.router.parameters())
         return int(getattr(weight, "ds_shape", weight.shape)[0])  # ZeRO-3 keeps the weight itself elsewhere
 
@@ -132,7 +133,7 @@ def untaught_warning(model: nn.Module) -> str | None:
     untaught = [layer for layer in moe_layers(model) if layer.rule.constant is not None and not sampling_noise(layer)]
     if not any(weight.requires_grad for layer in untaught for weight in layer.router.parameters()):
         return None
-    if isinstance(untaught[0].block, MoeBlock):
+    if isinstance(untaught[0].block, RoutedBlock):
         return (
             f"chosen experts of this {_model_type(model)} model always weigh {untaught[0].rule.constant:g} (scores: ones), so that no "
             "gradient of the loss on tokens reaches the routers, and only auxiliary losses move them; train: [experts, rest] leaves "
@@ -196,7 +197,7 @@ def _own_places(model: nn.Module) -> list[RouterPlace]:
     Layers of two towers, or of stages, are numbered through, as a conversion numbers them. Those of attention's projections are
     none of them: they predict norms, and no loss here is about these.
     """
-    every = [(name, module) for name, module in model.named_modules() if isinstance(module, MoeBlock)]
+    every = [(name, module) for name, module in model.named_modules() if isinstance(module, RoutedBlock)]
     blocks = [(name, module) for name, module in every if not module.projection]
     if blocks and (paths := read_by_text(model)) is not None:
         blocks = [(name, module) for name, module in blocks if paths.has(f"{name}.")]
@@ -215,7 +216,7 @@ def _own_layers(places: list[RouterPlace]) -> list[MoeLayer]:
     """The same with their rules, which say themselves what they are; none if one is not read."""
     found = []
     for place in places:
-        rule = cast(MoeBlock, place.block).rule
+        rule = cast(RoutedBlock, place.block).rule
         if not isinstance(rule, TopKRule) or isinstance(rule, SkipRule):
             varying = varying_rule(rule, place.count)
             if varying is None:
@@ -228,6 +229,8 @@ def _own_layers(places: list[RouterPlace]) -> list[MoeLayer]:
         read = RoutingRule(score, place.count, rule.top_k, rule.normalized, constant=equal)
         if isinstance(rule, StandardizedTopKRule):
             read = replace(read, spread=rule.spread)
+        if isinstance(rule, TemperedRule):
+            read = replace(read, temperature=rule.temperature)
         if isinstance(rule, BiasedTopKRule):
             router = place.router
             bias = partial(selection_bias, router, router)

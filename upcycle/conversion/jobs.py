@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.conversion.add_conversion import AddConversion
+from upcycle.conversion.beside_conversion import BesideConversion
 from upcycle.conversion.compress_conversion import CompressConversion
 from upcycle.conversion.expert_conversion import ExpertConversion
 from upcycle.conversion.growth_conversion import GrowthConversion
@@ -33,6 +34,7 @@ JOBS: dict[str, type[ConversionJob]] = {
     "addition": AddConversion,
     "compression": CompressConversion,
     "narrowing": NarrowConversion,
+    "beside": BesideConversion,
 }
 """The job's class, by the ``kind`` of its method."""
 

@@ -23,6 +23,7 @@ _NO_EXPERTS = (
     "pruning",
     "compression",
     "narrowing",
+    "beside",
 )  # kinds of methods that make none of a dense FFN
 
 

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 SCALES = ("exact", "sum", "paper")
 PREFERRED_MULTIPLE = 8
 Scale = Literal["exact", "sum", "paper"]
-MethodKind = Literal["copies", "partition", "overlap", "pruning", "growth", "addition", "compression", "narrowing"]
+MethodKind = Literal[
+    "copies", "partition", "overlap", "pruning", "growth", "addition", "compression", "narrowing", "beside"
+]
 
 
 class AnyMethod(ABC):

@@ -140,6 +140,7 @@ def _checked(recipe: Recipe, method: AnyMethod, mix: Mix | None) -> Growth:
         does = {
             "compression": "compresses a Mixture-of-Experts",
             "narrowing": "makes a dense model narrower",
+            "beside": "puts experts beside FFNs",
         }.get(method.kind, "copies whole tensors")
         raise UsageError(
             f"{method.name} {does}, and does not read the key '{meaningless[0]}'",
@@ -253,6 +254,8 @@ def _shape(origin: Origin, stored: TensorSpec) -> tuple[int, ...]:
         return origin.sizes
     if isinstance(origin, MadeTensor):
         return origin.shape
+    if origin.filled is not None:
+        return origin.filled[0]
     return tuple(stored.shape) if origin.rows is None else (origin.rows[1], *stored.shape[1:])
 
 

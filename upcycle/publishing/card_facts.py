@@ -112,7 +112,7 @@ class Facts:
     @property
     def grown(self) -> bool:
         """Whether the model was made of whole tensors of its source, more or fewer, and not converted."""
-        return self.record["plan"]["kind"] in ("growth", "addition", "compression", "narrowing")
+        return self.record["plan"]["kind"] in ("growth", "addition", "compression", "narrowing", "beside")
 
     @property
     def compressed(self) -> bool:

@@ -76,6 +76,11 @@ def _what(facts: Facts) -> str:
             f"A Mixture-of-Experts model made from {made}: {plain(record['plan']['summary'])}. Its router row was fitted to text; all "
             "other tensors are copies."
         )
+    elif record["plan"]["kind"] == "beside":
+        first = (
+            f"A model made from {made}, whose weights it keeps: {plain(record['plan']['summary'])}. `adapted_ffns` in `config.json` "
+            "says where these experts are."
+        )
     elif facts.grown:
         new = "copies"
         if record["plan"]["method"] == "masked_growth":

@@ -138,15 +138,9 @@ def _trained(
 
     It computes another function than its dense parent; the promise is only that it is whole and its logits are finite.
     """
-    steps = f"trained for {training['step']:,} steps, {training['tokens']:,} tokens" if "step" in training else ""
-    merged = ", ".join(entry["name"] for entry in training.get("adapters", ()))
-    done = (
-        " and ".join(filter(None, (steps, f"given an adapter ({merged})" if merged else "")))
-        + ", since it was converted"
-    )
     return Verification(
         verdict="broken" if measured.totals.fault else "approximate",
-        explanation=measured.totals.fault or done + measured.remarks + layers.remark,
+        explanation=measured.totals.fault or since_conversion(training) + measured.remarks + layers.remark,
         promise="trained",
         tolerance=None,
         layer_errors=layers.relative,
@@ -156,6 +150,14 @@ def _trained(
         streamed=streamed,
         **measured.numbers,
     )
+
+
+def since_conversion(training: dict[str, Any]) -> str:
+    """Return what was done to a model since its conversion, in words."""
+    steps = f"trained for {training['step']:,} steps, {training['tokens']:,} tokens" if "step" in training else ""
+    merged = ", ".join(entry["name"] for entry in training.get("adapters", ()))
+    done = " and ".join(filter(None, (steps, f"given an adapter ({merged})" if merged else "")))
+    return f"{done}, since it was converted"
 
 
 def _judge(job: ExpertJob, layers: LayerErrors, measured: ModelDifference, label: str, streamed: bool) -> Verification:

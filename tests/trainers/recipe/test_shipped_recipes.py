@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shlex
@@ -259,7 +260,7 @@ def test_nvidias_upcycling_spreads_its_scale_over_three_matrices_and_weighs_by_t
 
 @pytest.mark.one_in(6)
 @pytest.mark.parametrize(
-    "name", [name for name in RECIPES if not name.startswith(("d2dmoe", "factorllm", "distill_dense"))]
+    "name", [name for name in RECIPES if not name.startswith(("d2dmoe", "factorllm", "distill_dense", "preference"))]
 )
 def test_every_shipped_recipe_trains(name: str, pico: Pico, tmp_path: Path) -> None:
     model = converted(name, pico("llama"), tmp_path / "moe")
@@ -292,6 +293,39 @@ def test_moec_trains_clusters_of_which_half_drop_out(pico: Pico, tmp_path: Path)
     _, _, lines = trained("moec", moe, tmp_path / "training")
     assert all(line["loss/cluster_variance"] > 0 for line in lines)
     assert all(math.isfinite(line["loss"]) for line in lines)
+
+
+@pytest.mark.parametrize("name", ["mocle", "pesc"])
+def test_experts_of_low_rank_begin_as_the_dense_model_and_train_alone(name: str, pico: Pico, tmp_path: Path) -> None:
+    dense = pico("llama")
+    moe = converted(name, dense, tmp_path / "moe")
+    model = moe_of(moe)
+    compare(model, dense, lambda ffn, x, *_: part(ffn, torch.arange(len(ffn.gate)), x), ROUNDING)
+    rules = {(layer.rule.experts, layer.rule.top_k, layer.rule.normalized) for layer in moe_layers(model)}
+    assert rules == {(4, 1, False) if name == "mocle" else (8, 2, True)}
+    _, result, _ = trained(name, moe, tmp_path / "run")
+    assert unchanged(moe, Path(str(result.model)), "experts.pairs", "mlp.router.")
+
+
+def test_preferences_begin_at_the_parent(pico: Pico, tmp_path: Path) -> None:
+    """A converted model prefers as its parent does, so that the loss of a pair begins at log 2."""
+    rows = [
+        {
+            side: [{"role": "user", "content": f"{n} and 1?"}, {"role": "assistant", "content": text}]
+            for side, text in said
+        }
+        for n in range(30)
+        for said in [(("chosen", f"{n + 1}."), ("rejected", "I do not know."))]
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    data = yaml.safe_load(RECIPES["preference"].read_text())["data"]
+    data["domains"]["preferences"]["text"] = str(tmp_path / "pairs.jsonl")
+    data |= {"chat_template": "turns", "validation": {"fraction": 0.2, "tokens": 64}, "cache": str(tmp_path / "cache")}
+    moe = converted("preference", pico("llama"), tmp_path / "moe")
+    _, _, lines = trained("preference", moe, tmp_path / "run", data=data, length=96)
+    assert set(lines[0]) >= {"loss/preference", "loss/switch_balance"}
+    assert lines[0]["loss/preference"] == pytest.approx(math.log(2), abs=1e-4)
+    assert all(line["applied"] for line in lines)
 
 
 GATES: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -84,7 +84,7 @@ def _growth_facts(plan: Any) -> list[tuple[str, str]]:
     """Return the plan of a growth step as names and texts."""
     total = plan.parameters_total / plan.parameters_dense
     facts = [
-        ("growth", f"{plan.family} by {plan.method}: {plan.summary}"),
+        (plan.kind, f"{plan.family} by {plan.method}: {plan.summary}"),
         ("promise", f"{plan.promise}: {plan.promise_reason}"),
         ("parameters", f"{count(plan.parameters_total)} ({total:.2f}x the source)"),
     ]
@@ -123,6 +123,7 @@ def _compression_facts(plan: Any) -> list[tuple[str, str]]:
 _WITHOUT_EXPERTS = {
     "growth": _growth_facts,
     "addition": _growth_facts,
+    "beside": _growth_facts,
     "pruning": _pruning_facts,
     "compression": _compression_facts,
 }  # by the kind of plan

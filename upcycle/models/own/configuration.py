@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 from upcycle.errors import CheckpointError
+from upcycle.models.own.adapted_ffn import AdaptedFfn, adapted_ffns_in
 from upcycle.models.own.replaced_ffn import ReplacedFfn, replaced_in
 from upcycle.models.own.slot_ffn import SlotFfn, slot_ffns_in
 
@@ -27,6 +28,7 @@ class UpcycleMoeConfig:
         base_model_type: the ``model_type`` of the dense model.
         replaced_ffns: entries as :class:`~upcycle.models.own.replaced_ffn.ReplacedFfn` describes them.
         slot_ffns: entries as :class:`~upcycle.models.own.slot_ffn.SlotFfn` describes them.
+        adapted_ffns: entries as :class:`~upcycle.models.own.adapted_ffn.AdaptedFfn` describes them.
         routing: parameters of routing rules to take instead of the stored ones: by name, for all FFNs that have such a
             parameter, or by the path of an FFN for it alone, as in ``from_pretrained(..., routing={"top_k": 1, "h.3.mlp": {"top_k":
             2}})``.
@@ -36,6 +38,7 @@ class UpcycleMoeConfig:
     base_model_type: str | None = None
     replaced_ffns: list[dict[str, Any]] = []
     slot_ffns: list[dict[str, Any]] = []
+    adapted_ffns: list[dict[str, Any]] = []
     routing: dict[str, Any] | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -66,12 +69,13 @@ class UpcycleMoeConfig:
         config.model_type, config.base_model_type = MODEL_TYPE, base
         replaced_in(config)
         slot_ffns_in(config)
+        adapted_ffns_in(config)
         return made
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of ``config.json``."""
         found: dict[str, Any] = super().to_dict()  # type: ignore[misc]
-        for key in ("routing", "slot_ffns"):
+        for key in ("routing", "slot_ffns", "adapted_ffns"):
             if not found.get(key):
                 found.pop(key, None)
         return {**found, "model_type": MODEL_TYPE, "base_model_type": self.base_model_type}
@@ -124,20 +128,30 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def wrapped_config(base: Any, replaced: list[ReplacedFfn], slots: list[SlotFfn] | None = None) -> Any:
+def wrapped_config(
+    base: Any,
+    replaced: list[ReplacedFfn],
+    slots: list[SlotFfn] | None = None,
+    adapted: list[AdaptedFfn] | None = None,
+) -> Any:
     """Return the configuration of a model whose FFNs are experts.
 
     Args:
         base: a stock configuration, or the content of a ``config.json``.
         replaced: its FFNs.
         slots: those whose experts read slots.
+        adapted: those that stay, with experts of low rank beside them.
 
     Raises:
-        CheckpointError: the base is unknown, or ``replaced`` and ``slots`` contradict themselves.
+        CheckpointError: the base is unknown, or ``replaced``, ``slots`` and ``adapted`` contradict themselves.
     """
     raw = dict(base) if isinstance(base, Mapping) else base.to_dict()
     return UpcycleMoeConfig.from_dict(
-        {**wrapped_json(raw, replaced), "slot_ffns": [ffn.to_json() for ffn in slots or ()]}
+        {
+            **wrapped_json(raw, replaced),
+            "slot_ffns": [ffn.to_json() for ffn in slots or ()],
+            "adapted_ffns": [ffn.to_json() for ffn in adapted or ()],
+        }
     )
 
 

@@ -8,7 +8,10 @@ from typing import Any
 from torch import nn
 
 from upcycle.errors import CheckpointError, UsageError
+from upcycle.models.own.adapted_ffn import AdaptedFfn, adapted_ffns_in
 from upcycle.models.own.attention_received import watch_attention
+from upcycle.models.own.instructions import add_clusters
+from upcycle.models.own.lora_block import LoraBlock
 from upcycle.models.own.moe_block import DOWN_WEIGHTS, IMPLEMENTATIONS, MoeBlock, PackedExperts
 from upcycle.models.own.replaced_ffn import ReplacedFfn, replaced_in
 from upcycle.models.own.routing.biased_top_k import BiasedTopKRule
@@ -85,7 +88,8 @@ def replace_ffns(model: Any, config: Any) -> None:
     """
     base = model.base_model
     placed = 0
-    wanted: list[ReplacedFfn | SlotFfn] = [*replaced_in(config), *slot_ffns_in(config)]
+    adapted = adapted_ffns_in(config)
+    wanted: list[ReplacedFfn | SlotFfn | AdaptedFfn] = [*replaced_in(config), *slot_ffns_in(config), *adapted]
     for ffn in wanted:
         for modules in ffn.paths:
             if not hasattr(base, modules[0].partition(".")[0]):
@@ -93,6 +97,10 @@ def replace_ffns(model: Any, config: Any) -> None:
             for path in modules:
                 _check_module(base, path, config)
             _check_size(base.get_submodule(modules[0]), modules[0], ffn.hidden_size)
+            if isinstance(ffn, AdaptedFfn):
+                _put(base, modules[0], LoraBlock(ffn, base.get_submodule(modules[0])))
+                placed += 1
+                continue
             if isinstance(ffn, SlotFfn) or not ffn.rule.per_token:
                 check_not_causal(base, modules[0], "slots" if isinstance(ffn, SlotFfn) else ffn.rule.name)
             if _kept_in_fp32(model, base, modules):
@@ -104,6 +112,7 @@ def replace_ffns(model: Any, config: Any) -> None:
             placed += 1
     watch_masks(model)
     watch_attention(model)
+    add_clusters(model, adapted)
     if wanted and not placed:
         first = wanted[0].paths[0][0]
         raise CheckpointError(

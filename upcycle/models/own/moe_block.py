@@ -9,12 +9,13 @@ with those of up.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from upcycle.ffn.router_network import RouterForm
 from upcycle.kernels.entry.transformers_experts import foreign_weights, module_output
 from upcycle.kernels.layout.expert_weights import WeightLayout, WeightTensors
 from upcycle.models.own.factored_experts import FactoredExperts
@@ -34,7 +35,50 @@ KERNEL_ACTIVATIONS = {
 }
 
 
-class MoeBlock(nn.Module):
+class Routed(Protocol):
+    """What a router needs to know of its block."""
+
+    @property
+    def experts(self) -> int:
+        """How many there are."""
+
+    @property
+    def hidden_size(self) -> int:
+        """The length of the router's inputs."""
+
+    @property
+    def router(self) -> RouterForm:
+        """Whether it has a hidden layer."""
+
+    @property
+    def router_bias(self) -> bool:
+        """Whether it adds a bias to its logits."""
+
+    @property
+    def rule(self) -> RouterRule:
+        """What makes weights and ids of the logits."""
+
+
+class RoutedBlock(nn.Module):
+    """A module with experts behind a router, whatever these are: all that training and reports ask for.
+
+    Attributes:
+        router: see :class:`TokenRouter`.
+        experts: a module; its ``count`` is how many there are.
+        projection: whether it stands where attention had a projection, and not where an FFN was.
+    """
+
+    router: TokenRouter
+    experts: Any
+    projection = False
+
+    @property
+    def rule(self) -> RouterRule:
+        """What the router's logits mean."""
+        return self.router.rule
+
+
+class MoeBlock(RoutedBlock):
     """Maps ``[..., d]`` to ``[..., d]``, like the FFN that was here. Further arguments of a call are ignored.
 
     Args:
@@ -90,11 +134,6 @@ class MoeBlock(nn.Module):
             return None
         return self.rule.important(attention * hidden_states.detach().abs().sum(-1, dtype=torch.float32)).flatten()
 
-    @property
-    def rule(self) -> RouterRule:
-        """What the router's logits mean."""
-        return self.router.rule
-
     def everyone(self, x: torch.Tensor, weight: float) -> torch.Tensor:
         """Return ``[..., d]`` with every expert's neurons active at one weight, whatever the router says.
 
@@ -140,7 +179,7 @@ class TokenRouter(nn.Module):
         top_k: experts per token, where that is a fixed number.
     """
 
-    def __init__(self, ffn: ReplacedFfn) -> None:
+    def __init__(self, ffn: Routed) -> None:
         form = ffn.router
         super().__init__()
         self.weight = nn.Parameter(torch.empty(ffn.experts, ffn.hidden_size if form.linear else form.width))

@@ -120,12 +120,25 @@ def replaced_in(config: Any) -> list[ReplacedFfn]:
         CheckpointError: an entry is wrong, or an override names neither a parameter of a rule nor an FFN.
     """
     where = f"{config.name_or_path or 'config'}: config.json"
+    entries, used = with_overrides(config, config.replaced_ffns)
+    _, used_beside = with_overrides(config, getattr(config, "adapted_ffns", None) or [])
+    if odd := sorted(set(config.routing or {}) - used - used_beside):
+        raise CheckpointError(
+            f"{where}: 'routing' has '{odd[0]}', which is no parameter of the model's routing rule and no path of an FFN",
+            hint="routing={'top_k': 1}, or routing={'h.3.mlp': {'top_k': 1}}",
+        )
+    return read_replaced(entries, where)
+
+
+def with_overrides(config: Any, stored_entries: Any) -> tuple[Any, set[str]]:
+    """Return a configuration's entries of FFNs with the routing parameters that it overrides, and which overrides these were."""
     overrides = dict(config.routing or {})
     by_path = {key: value for key, value in overrides.items() if isinstance(value, Mapping)}
     for_all = {key: value for key, value in overrides.items() if key not in by_path}
-    stored_entries: Any = config.replaced_ffns
-    if not overrides or not isinstance(stored_entries, list | tuple):
-        return read_replaced(stored_entries, where)
+    if not isinstance(stored_entries, list | tuple):
+        return stored_entries, set(overrides)  # what is wrong with the entries is said where they are read
+    if not overrides:
+        return stored_entries, set()
     entries: list[Any] = []
     used: set[str] = set()
     for entry in stored_entries:
@@ -138,12 +151,7 @@ def replaced_in(config: Any) -> list[ReplacedFfn]:
             used |= {key for key in for_all if key in stored} | ({modules[0]} & set(by_path))
             routing = {**stored, **{key: value for key, value in for_all.items() if key in stored}, **own}
             entries.append({**entry, "paths": [modules], "routing": routing})
-    if odd := sorted(set(overrides) - used):
-        raise CheckpointError(
-            f"{where}: 'routing' has '{odd[0]}', which is no parameter of the model's routing rule and no path of an FFN",
-            hint="routing={'top_k': 1}, or routing={'h.3.mlp': {'top_k': 1}}",
-        )
-    return read_replaced(entries, where)
+    return entries, used
 
 
 class EntryReader:
@@ -181,7 +189,7 @@ class EntryReader:
             widths=widths,
             shared_width=self.get("shared_width", "an integer that is not negative", lambda v: v == 0 or is_size(v), 0),
             router_bias=self.get("router_bias", "true or false", lambda v: type(v) is bool, False),
-            rule=self._rule(len(widths)),
+            rule=self.rule(len(widths)),
             router=self._router(),
             dropout=float(self.get("dropout", "a number from 0 to 1", is_fraction, 0.0)),
             output_size=self._output(hidden),
@@ -238,7 +246,8 @@ class EntryReader:
                 raise self._wrong(f"router.{key}", f"must be true or false, got {found[key]!r}")
         return RouterForm(**{key: value for key, value in found.items() if key != "kind"})
 
-    def _rule(self, experts: int) -> RouterRule:
+    def rule(self, experts: int) -> RouterRule:
+        """Return the rule that ``routing`` describes, for so many experts."""
         routing = dict(self.get("routing", "a mapping", lambda v: isinstance(v, Mapping)))
         name = routing.pop("rule", None)
         if name not in RULES:

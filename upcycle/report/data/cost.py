@@ -28,7 +28,9 @@ def cost_data(subject: Subject) -> dict[str, Any]:
     plan = subject.record["plan"]
     before = (
         plan["parameters_dense"],
-        plan["parameters_dense"] if plan["kind"] not in ("growth", "addition", "compression", "narrowing") else None,
+        plan["parameters_dense"]
+        if plan["kind"] not in ("growth", "addition", "compression", "narrowing", "beside")
+        else None,
         plan["flops_per_token_dense"],
         plan["bytes_dense"],
     )

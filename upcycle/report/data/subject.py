@@ -79,7 +79,7 @@ class Subject:
         """What the parent and the model are called where they are compared."""
         kind = str(self.record["plan"]["kind"]) if self.record else ""
         usual = ("dense", "MoE") if self.moe_layers else ("parent", "model")
-        if kind in ("growth", "addition", "compression", "narrowing"):
+        if kind in ("growth", "addition", "compression", "narrowing", "beside"):
             return ("before", "after")
         return ("dense", "pruned") if kind == "pruning" else usual
 

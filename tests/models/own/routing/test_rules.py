@@ -15,6 +15,7 @@ from upcycle.models.own.routing.relu import ReluRule
 from upcycle.models.own.routing.rules import RULES
 from upcycle.models.own.routing.skip import SkipRule
 from upcycle.models.own.routing.standardized import StandardizedTopKRule
+from upcycle.models.own.routing.tempered import TemperedRule
 from upcycle.models.own.routing.threshold import ThresholdRule
 from upcycle.models.own.routing.top_k import TopKRule
 
@@ -28,6 +29,10 @@ EVERY: list[RouterRule] = [
     TopKRule(2, scores="ones", normalized=False),
     TopKRule(E, scores="ones", normalized=False),
     TopKRule(E),
+    TemperedRule(),
+    TemperedRule(2, temperature=0.7),
+    TemperedRule(2, normalized=True, temperature=2.0),
+    TemperedRule(E, temperature=1.5),
     DynamicKRule(0.4),
     DynamicKRule(1),
     DynamicKRule(0),
@@ -88,17 +93,23 @@ def restated(rule: RouterRule, z: list[float]) -> list[float]:
     """One token's weights by the rule's formula, in plain Python; 0 of an expert that does not run."""
     import math
 
+    if isinstance(rule, StandardizedTopKRule):
+        mean = sum(z) / len(z)
+        std = math.sqrt(sum((one - mean) ** 2 for one in z) / len(z))
+        z = [rule.spread * (one - mean) / (std + 1e-6) for one in z]
+        rule = TopKRule(rule.top_k, rule.scores, rule.normalized)
+
     top = max(z)
     soft = [math.exp(one - top) for one in z]
     soft = [one / sum(soft) for one in soft]
     match rule:
-        case StandardizedTopKRule():
-            mean = sum(z) / len(z)
-            std = math.sqrt(sum((one - mean) ** 2 for one in z) / len(z))
-            z = [rule.spread * (one - mean) / (std + 1e-6) for one in z]
-            return restated(TopKRule(rule.top_k, rule.scores, rule.normalized), z)
         case BiasedTopKRule():
             return biased_top_k(rule, soft, z)
+        case TemperedRule():
+            warm = [math.exp((one - top) / rule.temperature) for one in z]
+            chosen = sorted(range(len(z)), key=lambda e: -z[e])[: rule.top_k]
+            total = sum(warm[e] for e in chosen) if rule.normalized else sum(warm)
+            return [warm[e] / total if e in chosen else 0.0 for e in range(len(z))]
         case TopKRule():
             scores = soft if rule.scores == "softmax" else [1 / (1 + math.exp(-one)) for one in z]
             scores = [1.0] * len(z) if rule.scores == "ones" else scores
@@ -181,6 +192,8 @@ def test_gradients_are_finite_differences(rule: RouterRule) -> None:
         ("top_k", {"scores": "soft"}, "'scores' must be softmax, sigmoid or ones, got 'soft'"),
         ("top_k", {"normalized": 1}, "'normalized' must be true or false"),
         ("top_k", {"tau": 1}, "'tau' is no parameter of the rule top_k: it has top_k, scores, normalized"),
+        ("tempered", {"temperature": 0}, "'temperature' must be a positive number, got 0"),
+        ("tempered", {"scores": "sigmoid"}, "'scores' must be softmax, got 'sigmoid'"),
         ("dynamic_k", {"tau": 1.5}, "'tau' must be a number from 0 to 1, got 1.5"),
         ("threshold", {"threshold": float("nan")}, "'threshold' must be a number that is not negative"),
         ("relu", {"threshold": 1}, "'threshold' is no parameter of the rule relu"),

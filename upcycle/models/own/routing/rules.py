@@ -9,6 +9,7 @@ from upcycle.models.own.routing.expert_choice import ExpertChoiceRule
 from upcycle.models.own.routing.relu import ReluRule
 from upcycle.models.own.routing.skip import SkipRule
 from upcycle.models.own.routing.standardized import StandardizedTopKRule
+from upcycle.models.own.routing.tempered import TemperedRule
 from upcycle.models.own.routing.threshold import ThresholdRule
 from upcycle.models.own.routing.top_k import TopKRule
 
@@ -16,6 +17,7 @@ RULES: dict[str, type[RouterRule]] = {
     rule.name: rule
     for rule in (
         TopKRule,
+        TemperedRule,
         DynamicKRule,
         ThresholdRule,
         ReluRule,
