@@ -6,7 +6,7 @@ Python function's head and the first paragraph of its docstring. Losses are nats
 - ``rounds``: ``upcycle grow`` in two rounds, branches by posteriors, then a MoE of the last forest, tuned on both domains; beside
   the seed trained on both domains with the tokens of all branches.
 - ``routers``: that forest and its seed as a MoE of three experts, tuned with each of BTX's routers.
-- ``flan``: the recipes ``flan_moe``, and what each of its choices does: routers or experts frozen, neurons of experts dropped.
+- ``flan``: the recipes ``flan_moe``, beside routers that train, too, and beside frozen experts.
 - ``skywork``: the recipes ``skywork_moe``, beside the same copies with plain top-2 and Switch's balance loss.
 
     python -P tests/benchmarks/training/text_stages.py --out docs/measured/text_stages.md
