@@ -93,11 +93,10 @@ class Killed(BaseException):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("branch", ["merge", "posteriors"])
-def test_a_kill_at_any_point_changes_nothing(branch: str, pico: Pico, tmp_path: Path, monkeypatch: Any) -> None:
-    content = recipe(pico("llama"), tmp_path, rounds=2, branch=branch, last={"method": "branch_train_mix", **_QUICK})
-    if branch == "posteriors":
-        content["sample"] = 64
+def test_a_kill_at_any_point_changes_nothing(pico: Pico, tmp_path: Path, monkeypatch: Any) -> None:
+    mixed = {"method": "branch_train_mix", "verification": {"enabled": False}}
+    content = recipe(pico("llama"), tmp_path, rounds=[["law"], ["code"]], branch="posteriors", sample=64, last=mixed)
+    content["rounds"].append(["law"])  # of a forest of two: with a mean by posteriors
     whole = grow({**content, "output": str(tmp_path / "whole")})
     calls = 0
     # Before and after every training run, conversion and measurement: the next call does what is left.
@@ -129,9 +128,6 @@ def test_a_kill_at_any_point_changes_nothing(branch: str, pico: Pico, tmp_path: 
     for step, made in models(whole).items():
         assert equal(models(result)[step], made), step
     assert [each.losses for each in result.steps] == [each.losses for each in whole.steps]
-
-
-_QUICK = {"verification": {"enabled": False}}
 
 
 @pytest.mark.long

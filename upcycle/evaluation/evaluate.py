@@ -163,7 +163,7 @@ def evaluate(
     if routing:
         most = None if full else tokens or SAMPLE
         habits = routing_habits(
-            str(model), given or DEMO_TEXTS, most, window, list(map(str, earlier)), progress=progress
+            str(model), given or list(DEMO_TEXTS), most, window, list(map(str, earlier)), progress=progress
         )
     names = given or ([] if scores or timed or habits else list(DEMO_TEXTS))
     if names and reads_more(str(model)) is not None:

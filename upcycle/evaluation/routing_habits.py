@@ -27,7 +27,7 @@ from upcycle.trainers.routing.capacity import within_capacity
 from upcycle.trainers.routing.router_records import capture
 
 CAPACITY = 1.25  # OpenMoE's factor in training
-PARTS = 5  # of a window, from its beginning to its end
+WINDOW_PARTS = 5  # of a window, from its beginning to its end
 _LEAST = 4  # choices that an expert takes at least, as there
 _BATCH = 8
 
@@ -170,9 +170,9 @@ def _layer(
     )
     lost = (~kept & real).view(len(groups), window, -1).sum((0, 2)).double()
     asked = real.view(len(groups), window, -1).sum((0, 2)).double()
-    part = torch.arange(window) * PARTS // window
-    shares = torch.zeros(PARTS, dtype=torch.float64).index_add_(0, part, lost) / torch.zeros(
-        PARTS, dtype=torch.float64
+    part = torch.arange(window) * WINDOW_PARTS // window
+    shares = torch.zeros(WINDOW_PARTS, dtype=torch.float64).index_add_(0, part, lost) / torch.zeros(
+        WINDOW_PARTS, dtype=torch.float64
     ).index_add_(0, part, asked).clamp(min=1)
     return LayerHabits(
         layer=layer,

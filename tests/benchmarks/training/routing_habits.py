@@ -50,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1_000_000, help="that the small MoE was trained on")
     parser.add_argument("--text", type=int, default=4096, help="tokens of each kind of text")
-    parser.add_argument("--steps", type=int, default=24, help="of the short run, with a checkpoint after every fourth")
+    parser.add_argument("--steps", type=int, default=24, help="of the short run, with six checkpoints")
     parser.add_argument("--work", type=Path, help="keep the short run here, and continue it")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -60,7 +60,7 @@ def main() -> None:
     start = model.with_name("start")
     before, after = asked(start, options.text), asked(model, options.text)
     content = recipe(start, options.steps * 2048, work, LOSSES)
-    content |= {"saving": {"every": 4, "keep": 99}, "log": {"validation": 0, "peak_tflops": 0.05}}
+    content |= {"saving": {"every": max(1, options.steps // 6), "keep": 99}, "log": {"validation": 0, "peak_tflops": 0.05}}
     run = upcycle.train(content, print)
     early = asked(Path(str(run.model)), options.text, start, work / "run")
     columns = (

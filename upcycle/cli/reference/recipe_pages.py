@@ -43,6 +43,20 @@ def training_recipe_page() -> str:
     )
 
 
+def rounds_recipe_page() -> str:
+    """Return the page of all keys of a recipe of rounds."""
+    from upcycle.branching.rounds_recipe import RoundsRecipe
+
+    return "\n\n".join(
+        [
+            "# Recipe of rounds",
+            "A YAML file with these keys, for [`upcycle grow RECIPE`](../guides/mixing.md#branch-train-merge-and-again). `--set KEY=VALUE` "
+            "lays a value over any of them, such as `domains.law=law.jsonl` or `training.stages.steps=500`. Unknown keys are errors.",
+            *_model_sections(RoundsRecipe),
+        ]
+    )
+
+
 def fields_table(fields: Mapping[str, FieldInfo], what: str = "key") -> str:
     """Return the table of a model's fields: name, meaning, default."""
     return markdown_table(

@@ -16,12 +16,13 @@ from upcycle.cli.reference.json_page import json_page
 from upcycle.cli.reference.papers_page import papers_page
 from upcycle.cli.reference.plugin_pages import plugin_page
 from upcycle.cli.reference.python_page import python_page
-from upcycle.cli.reference.recipe_pages import conversion_recipe_page, training_recipe_page
+from upcycle.cli.reference.recipe_pages import conversion_recipe_page, rounds_recipe_page, training_recipe_page
 
 PAGES: dict[str, Callable[[], str]] = {
     "commands": commands_page,
     "conversion_recipe": conversion_recipe_page,
     "training_recipe": training_recipe_page,
+    "rounds_recipe": rounds_recipe_page,
     **{
         kind: partial(plugin_page, kind) for kind in ("methods", "routers", "losses", "families", "targets", "wrappers")
     },

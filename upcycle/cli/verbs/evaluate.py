@@ -139,8 +139,8 @@ def command(
     if result.layers:
         _print_load(result.layers)
     if result.routing:
-        for title, columns, rows in habit_tables(result.routing):
-            print_table(columns, rows, right=range(len(columns)), title=title)
+        for title, head, cells in habit_tables(result.routing):
+            print_table(head, cells, right=range(len(head)), title=title)
     if result.tasks:
         _print_tasks(result.tasks)
     if result.speed:
