@@ -65,7 +65,7 @@ def read_part(layers: FolderLayers, index: int | None, ranks: Ranks) -> None:
     Raises:
         CheckpointError: a weight is missing, of another shape, or none of the model's.
     """
-    error: UpcycleError | None = None
+    error: Exception | None = None
     try:
         if ranks.first:
             layers.load_outside() if index is None else layers.load(index)
@@ -74,7 +74,7 @@ def read_part(layers: FolderLayers, index: int | None, ranks: Ranks) -> None:
                     f"the model has no weights for {sorted(layers.unexpected)[:3]}: an export would lose them",
                     hint="train a folder that stock transformers loads without a warning",
                 )
-    except UpcycleError as fault:
+    except (UpcycleError, OSError, RuntimeError) as fault:
         error = fault
     ranks.raise_together(error)
     _make_room(layers.model, index)
