@@ -88,7 +88,7 @@ class Stage:
         # In ZeRO-3, no rank ever holds the whole model: weights are read, and divided, after all that needs their shapes alone.
         layers = open_layers(folder, dtype, recipe.experts, left_out=only_in_training) if three else None
         self.model = (
-            layers.model if layers is not None else load_model(folder, dtype, None, recipe.experts, training=True)
+            layers.model if layers is not None else load_model(folder, dtype, experts=recipe.experts, training=True)
         )
         self.masks = predicts_masked(origin)
         check_fits(self.model.config, tokenizer, recipe.length)
