@@ -30,6 +30,7 @@ QUICK: dict[str, Any] = {"tokenizer": "none", "verification": {"tokens": 64}}
 SOURCE: dict[str, tuple[str, dict[str, Any]]] = {
     "branch_train_merge": ("qwen3-windows", {}),
     "depth_stack": ("qwen3-windows", {"parameters": {"growth": 2}}),
+    "masked_growth": ("qwen2-windows", {"parameters": {"hidden": 48, "heads": 6, "layers": 5}}),
     "expert_upcycling": ("qwen3_moe", {"parameters": {"utility": "norm"}, "experts": 7}),
 }
 CELLS = [

@@ -16,6 +16,7 @@ import torch
 from torch import distributed, nn
 
 from upcycle.errors import CheckpointError, UpcycleError
+from upcycle.hardware.memory import return_freed_memory
 from upcycle.models.stock_layers import FolderLayers, compute_layer_buffers, weights_of
 from upcycle.trainers.distributed.ranks import Ranks, import_deepspeed
 from upcycle.trainers.routing.router_control import NOISE_WEIGHT
@@ -49,6 +50,7 @@ def divide_weights(layers: FolderLayers, config: Mapping[str, Any], ranks: Ranks
                 weight.requires_grad_(name in trained)
         with redirect_stdout(io.StringIO()):
             deepspeed.zero.Init(module=nn.ParameterList(held.values()), config_dict_or_path=dict(config))
+        return_freed_memory()
     for module in model.modules():  # DeepSpeed leaves buffers where they are if the weights were divided before
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(ranks.device)
@@ -65,16 +67,19 @@ def read_part(layers: FolderLayers, index: int | None, ranks: Ranks) -> None:
     Raises:
         CheckpointError: a weight is missing, of another shape, or none of the model's.
     """
-    error: UpcycleError | None = None
+    error: Exception | None = None
     try:
         if ranks.first:
-            layers.load_outside() if index is None else layers.load(index)
+            if index is None:
+                layers.load_outside()
+            else:
+                layers.load(index)
             if layers.unexpected:
                 raise CheckpointError(
                     f"the model has no weights for {sorted(layers.unexpected)[:3]}: an export would lose them",
                     hint="train a folder that stock transformers loads without a warning",
                 )
-    except UpcycleError as fault:
+    except (UpcycleError, OSError, RuntimeError) as fault:
         error = fault
     ranks.raise_together(error)
     _make_room(layers.model, index)

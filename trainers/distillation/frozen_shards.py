@@ -13,6 +13,7 @@ import torch
 from torch import distributed, nn
 
 from upcycle.architectures.module_paths import module_paths_in
+from upcycle.hardware.memory import return_freed_memory
 from upcycle.models.load import load_model, open_layers
 from upcycle.models.stock_layers import FolderLayers, weights_of
 from upcycle.trainers.checkpoints.divided_loading import read_part
@@ -45,6 +46,7 @@ class FrozenShards:
             for _, weight in weights_of(self.model, index):
                 if isinstance(weight, nn.Parameter) and id(weight) not in self._parts:
                     self._divide(weight)
+            return_freed_memory()
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(ranks.device)

@@ -93,7 +93,9 @@ class Stage:
         self.divides = three and ranks.world_size > 1  # whether ranks hold parts of frozen models, too
         # In ZeRO-3, no rank ever holds the whole model: weights are read, and divided, after all that needs their shapes alone.
         layers = open_layers(folder, dtype, recipe.experts, left_out=only_in_training) if three else None
-        self.model = layers.model if layers else load_model(folder, dtype, experts=recipe.experts, training=True)
+        self.model = (
+            layers.model if layers is not None else load_model(folder, dtype, experts=recipe.experts, training=True)
+        )
         self.masks = predicts_masked(origin)
         check_fits(self.model.config, tokenizer, recipe.length)
         data = stage_recipe.data or recipe.data
@@ -130,7 +132,7 @@ class Stage:
         self.flops = training_flops(self.model, recipe.length)
         if three:
             give_inputs_gradients(moe_layers(self.model))
-        if layers:
+        if layers is not None:
             divide_weights(layers, deepspeed_config(recipe, self.model, ranks.world_size), ranks)
         # The warning is about AdamW, whose steps are as large as the learning rate; SGD's shrink with the gradient.
         lost = None if recipe.optimizer.name == "sgd" else router_warning(self.model, self.rates, origin)

@@ -8,7 +8,9 @@ one for training and one for passes over calibration text; both hold for the who
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 # Parameters of mallopt(3), by their numbers in glibc's <malloc.h>.
@@ -44,6 +46,17 @@ def reuse_freed_memory(largest: int) -> bool:
     if _address_space_is_limited():
         return False
     return _set_glibc({_MMAP_THRESHOLD: largest, _TRIM_THRESHOLD: 4 * largest})
+
+
+def return_freed_memory() -> None:
+    """Give the system back what Python and glibc hold of memory that is free, where the C library is glibc.
+
+    transformers leaves the tensors that it converted in cycles of objects, and threads of its own allocate them, so that blocks
+    of freed memory stay between others: a model that is read and dropped layer by layer still takes the memory of the whole.
+    """
+    gc.collect()
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def available_memory() -> int:

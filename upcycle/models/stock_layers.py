@@ -54,7 +54,7 @@ class FolderLayers:
 
     Attributes:
         model: the stock model, without the weights that are not loaded.
-        unexpected: stored names, of those that were read so far, that the stock class has no weight for.
+        unexpected: stored names that the stock class has no weight for: of further layers, and of what was read so far.
 
     Raises:
         CheckpointError: the stock class misses a weight, or finds one of another shape.
@@ -72,8 +72,9 @@ class FolderLayers:
         self._store = tensors_of(folder, read_config(folder))
         settings = build_config(clean_file(folder / "config.json"), str(folder))
         self.model: Any = empty_model(settings, str(folder), dtype).eval()
-        self.unexpected: set[str] = set()
         self._stored = _by_layer(self.model, self._store.specs, left_out)
+        beyond = [name for index, names in self._stored.items() if (index or 0) >= len(self) for name in names]
+        self.unexpected = self._surplus(beyond)
         compute_buffers(self.model)
         if outside:
             self.load_outside()
@@ -117,8 +118,12 @@ class FolderLayers:
         if problems := [*report.mismatched_keys, *report.conversion_errors]:
             raise CheckpointError(f"{self._folder}: stock transformers cannot use a weight: {problems[0]}")
         round_weights(self.model, index, self._rounding)
-        self.unexpected |= {name for name in report.unexpected_keys if not not_loaded(self.model).search(name)}
+        self.unexpected |= self._surplus(report.unexpected_keys)
         return set(report.missing_keys)
+
+    def _surplus(self, names: Iterable[str]) -> set[str]:
+        ignored = not_loaded(self.model)
+        return {name for name in names if not ignored.search(name)}
 
     def _tensor(self, name: str) -> torch.Tensor:
         """Return a tensor, which transformers casts; where it is stored in FP8, it multiplies it by its scales."""

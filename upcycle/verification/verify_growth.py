@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from upcycle.architectures.dense.widened import GrownTensor, first_block, new_parts
+from upcycle.architectures.dense.widened import GrownTensor, new_parts
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.output_layout import OutputEntry
@@ -36,7 +36,7 @@ def verify_growth(
 ) -> Verification:
     """Compare ``folder`` with the source, tensor by tensor and then by the logits of both models, in fp32.
 
-    What is new in a result of masked growth is masked, and the first block of a tensor that grew must be the source's tensor.
+    What is new in a result of masked growth is masked.
 
     Args:
         job: what was done, with its decision.
@@ -124,11 +124,11 @@ def _compare_tensors(
 def _compare_grown(
     entry: OutputEntry, origin: GrownTensor, checkpoint: Checkpoint, dtype: str, written: SafetensorsFolder
 ) -> None:
+    """Compare a tensor that grew with what it must be: the source's tensor, and what is drawn beside it from the seed."""
     old = torch.cat([*checkpoint.blocks(Origin(origin.name), dtype)])
-    found = first_block(written.read(entry.name), old.shape)
-    if not torch.equal(_bits(found), _bits(old)):
+    if not torch.equal(_bits(written.read(entry.name)), _bits(origin.grown(entry.name, old))):
         raise CheckpointError(
-            f"{written.location(entry.name)}: tensor '{entry.name}' does not begin with '{origin.name}' of the source"
+            f"{written.location(entry.name)}: tensor '{entry.name}' is not '{origin.name}' of the source with what was drawn beside it"
         )
 
 

@@ -101,7 +101,13 @@ def train(model: Path, work: Path, name: str, cap: int, zero: int, teacher: bool
     if teacher:
         stage["distillation"] = {"parent": str(model), "logits": 1.0}
     settings = {key: size for key, size in SMALL.items() if zero == 3 or not key.startswith("stage3")}
-    keys = {"zero": {"stage": zero, "settings": settings}, "global_batch": 2, "micro_batch": 1, "stage": stage}
+    keys = {
+        "zero": {"stage": zero, "settings": settings},
+        "activation_checkpointing": True,
+        "global_batch": 2,
+        "micro_batch": 1,
+        "stage": stage,
+    }
     recipe = recipe_for(model, work / name, **keys)
     path = work / f"{name}.yaml"
     path.write_text(recipe.dump())

@@ -32,7 +32,7 @@ def saved(folder: Path) -> dict[str, torch.Tensor]:
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("mixtral", {"stage": {"control": {"noise": "learned"}}}),
-    ("deepseek_v3", {"stage": {"losses": {}, "balance": {"rate": 0.01}}}),
+    ("glm4_moe", {"stage": {"losses": {}, "balance": {"rate": 0.01}}}),
     ("qwen2_moe", {"dtype": "bfloat16", "stage": {"train": ["router", "*norm*"]}}),
 ]
 

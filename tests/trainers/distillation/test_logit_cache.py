@@ -18,6 +18,7 @@ pytest.importorskip("deepspeed")
 import upcycle
 from upcycle.errors import CheckpointError, EnvironmentFault, UsageError
 from upcycle.trainers.data.packing import PackedBatch
+from upcycle.trainers.distillation import frozen_shards
 from upcycle.trainers.distillation.logit_cache import LogitCache, joined_rows, parent_identity, prepare_cache
 from upcycle.trainers.distillation.truncated_logits import TopLogits
 from upcycle.trainers.recipe.training_recipe import TrainRecipe
@@ -66,6 +67,7 @@ def test_a_second_run_reads_what_the_first_wrote_without_the_parent(
         return own(folder, *arguments, **options)
 
     monkeypatch.setattr(stages, "load_model", load)
+    monkeypatch.setattr(frozen_shards, "load_model", load)
     first = distilled(student, tmp_path, "first", cache=str(tmp_path / "kept"))
     run(first)
     assert student[0] in loaded
