@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from upcycle.conversion.convert import run_recipe
-from upcycle.evaluation.forecast.forecast import forecast
+from upcycle.evaluation.forecast.forecast import forecast, opened
 from upcycle.evaluation.forecast.probes import clock
 from upcycle.progress import Progress
 from upcycle.recipe.conversion_recipe import Recipe, parse_recipe, read_recipe
@@ -80,7 +80,7 @@ def main() -> None:
         for name in asked.recipes:
             recipe, now = recipe_of(name, sources[model], asked.tokens), clock()
             start = now()
-            found = forecast(recipe)
+            found = forecast(*opened(recipe))
             took = now() - start
             seconds, phases = measured(recipe)
             off = found.seconds / seconds - 1

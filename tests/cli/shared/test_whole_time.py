@@ -34,6 +34,14 @@ def test_it_is_steady_where_later_phases_have_other_steps() -> None:
         passed += seconds
 
 
+def test_steps_that_a_run_before_did_say_nothing_of_the_pace() -> None:
+    whole = WholeTime(PHASES)
+    assert whole.left("calibrating", 0.5, 0.1) == 100
+    assert whole.left("calibrating", 0.75, 50.1) == pytest.approx(2 * 75)  # a quarter took 50 and not 25
+    whole.finish("calibrating", 100.1)
+    assert whole.left("verifying", 0.0, 0.0) == pytest.approx(2 * 50)
+
+
 def test_phases_without_a_forecast_say_nothing_of_the_whole() -> None:
     assert WholeTime({}).left("calibrating", 0.5, 1.0) is None
     whole = WholeTime(PHASES)
