@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from upcycle.conversion.convert import run_recipe
-from upcycle.evaluation.forecast.forecast import forecast, opened
-from upcycle.evaluation.forecast.probes import clock
+from upcycle.evaluation.forecast.forecast import forecast, timed_job
+from upcycle.hardware.clocks import clock
 from upcycle.progress import Progress
 from upcycle.recipe.conversion_recipe import Recipe, parse_recipe, read_recipe
 from upcycle.recipe.shipped_recipes import shipped
@@ -80,7 +80,7 @@ def main() -> None:
         for name in asked.recipes:
             recipe, now = recipe_of(name, sources[model], asked.tokens), clock()
             start = now()
-            found = forecast(*opened(recipe))
+            found = forecast(*timed_job(recipe))
             took = now() - start
             seconds, phases = measured(recipe)
             off = found.seconds / seconds - 1

@@ -14,7 +14,7 @@ from upcycle.cli.main import cli
 from upcycle.conversion.jobs import job_of
 from upcycle.evaluation.forecast import forecast as module
 from upcycle.evaluation.forecast import probes
-from upcycle.evaluation.forecast.forecast import Forecast, forecast, forecast_of, said
+from upcycle.evaluation.forecast.forecast import Forecast, forecast, forecast_in_words, forecast_of
 from upcycle.evaluation.forecast.probes import LayerTimes, layer_times, seconds
 from upcycle.planning.expert_job import ExpertJob
 from upcycle.recipe.conversion_recipe import Recipe, parse_recipe
@@ -138,4 +138,4 @@ def test_plan_says_it(still: None) -> None:
     told = json.loads(CliRunner().invoke(cli, [*arguments, "--json", "--time"]).stdout)["forecast"]
     assert told["seconds"] == pytest.approx(sum(told["phases"].values()))
     assert "forecast" not in json.loads(CliRunner().invoke(cli, [*arguments, "--json"]).stdout)
-    assert said(Forecast({"opening": 1.0, "converting": 2.0})) == "3.0 s (opening 1.0 s, converting 2.0 s)"
+    assert forecast_in_words(Forecast({"opening": 1.0, "converting": 2.0})) == "3.0 s (opening 1.0 s, converting 2.0 s)"

@@ -53,9 +53,9 @@ def command(source: str | None, timed: bool | None, as_json: bool, debug: bool, 
 
 def show_plan(recipe: Any, as_json: bool, timed: bool) -> None:
     """Print the plan of a recipe (also ``convert --dry-run``), and where it is ``timed``, how long the conversion takes."""
-    from upcycle.evaluation.forecast.forecast import forecast, opened, said
+    from upcycle.evaluation.forecast.forecast import forecast, forecast_in_words, timed_job
 
-    job, opening = opened(recipe)
+    job, opening = timed_job(recipe)
     plan = job.cost()
     found = forecast(job, opening) if timed else None
     if as_json:
@@ -64,7 +64,9 @@ def show_plan(recipe: Any, as_json: bool, timed: bool) -> None:
         return
     facts = plan_facts(plan)
     if found:
-        takes = f"not forecast: {found.unknown}" if found.unknown else f"about {said(found)}, on this machine"
+        takes = (
+            f"not forecast: {found.unknown}" if found.unknown else f"about {forecast_in_words(found)}, on this machine"
+        )
         facts.append(("to convert", takes))
     print_facts(facts)
     if len(plan.shards) > 1:

@@ -10,7 +10,6 @@ from upcycle.conversion.jobs import job_of
 from upcycle.errors import UpcycleError
 from upcycle.evaluation.forecast.probes import (
     LayerTimes,
-    clock,
     comparison_seconds,
     file_seconds,
     layer_times,
@@ -18,6 +17,7 @@ from upcycle.evaluation.forecast.probes import (
     too_wide,
 )
 from upcycle.formatting import duration
+from upcycle.hardware.clocks import clock
 from upcycle.planning.cost import MOST_CACHE_BYTES
 from upcycle.planning.expert_job import ExpertJob
 from upcycle.planning.open_sources import all_local, open_sources
@@ -48,7 +48,7 @@ class Forecast:
         return sum(self.phases.values())
 
 
-def opened(recipe: Recipe) -> tuple[ConversionJob, float]:
+def timed_job(recipe: Recipe) -> tuple[ConversionJob, float]:
     """Plan a conversion; return its job, and how long that took, which the conversion does, too.
 
     Raises:
@@ -87,14 +87,14 @@ def forecast_of(recipe: Recipe, least: float) -> Forecast | None:
         least: parameters times calibration tokens from which it is forecast.
     """
     try:
-        job, opening = opened(recipe)
+        job, opening = timed_job(recipe)
         plan = job.cost()
         return forecast(job, opening) if plan.parameters_dense * plan.calibration_tokens >= least else None
     except UpcycleError:
         return None
 
 
-def said(found: Forecast) -> str:
+def forecast_in_words(found: Forecast) -> str:
     """Return a forecast in words."""
     parts = ", ".join(f"{title} {duration(seconds)}" for title, seconds in found.phases.items())
     return f"{duration(found.seconds)} ({parts})"

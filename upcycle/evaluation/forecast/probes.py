@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
-from time import perf_counter, process_time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +22,7 @@ from upcycle.calibration.decide_layer import decide_layer
 from upcycle.ffn.activations import HELD_OUT_EVERY, Activations
 from upcycle.ffn.feed_forward import FeedForward
 from upcycle.ffn.neurons import Neurons
+from upcycle.hardware.clocks import clock
 
 if TYPE_CHECKING:
     from upcycle.planning.expert_job import ExpertJob
@@ -32,12 +32,6 @@ _TOKENS = 1024  # that a pass is timed on
 _FEW, _MANY = 1024, 3072  # tokens that a layer is decided on, to tell what each of them costs from what the layer does
 _FILE = 1 << 25  # bytes
 _SPREAD = 0.02  # of random weights
-Clock = Callable[[], float]
-
-
-def clock() -> Clock:
-    """Return the clock to time with: the process's own where it has one thread, which other processes cannot lengthen."""
-    return process_time if torch.get_num_threads() == 1 else perf_counter
 
 
 def seconds(work: Callable[[], object], repeats: int = 3) -> float:
