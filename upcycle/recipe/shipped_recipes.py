@@ -61,7 +61,8 @@ def conversion_recipe(argument: str) -> tuple[str, dict[str, Any]] | None:
     Raises:
         UsageError: as :func:`recipe_file`, or the file is no recipe.
     """
-    if argument in model_recipes() and not is_local(argument):
+    may_be_name = not (argument.endswith(_SUFFIXES) or "/" in argument or is_local(argument))
+    if may_be_name and argument not in shipped("convert") and argument in model_recipes():
         return argument, parse_yaml(model_recipes()[argument].text, argument, error=UsageError)
     path = recipe_file(argument, "convert")
     return None if path is None else (str(path), read_recipe(path))

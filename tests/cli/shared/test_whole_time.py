@@ -92,6 +92,7 @@ def test_bars_have_a_spinner_and_what_is_left_of_all(phases: dict[str, float], m
     with bars.phase("calibrating", 10):
         now[0] = 50.0
         bars.advance(5)
+        bars._bars.refresh()  # it does so itself ten times a second
     drawn = stream.getvalue()
     assert "calibrating" in drawn
     assert any(frame in drawn for frame in "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏")

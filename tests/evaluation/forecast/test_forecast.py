@@ -18,9 +18,8 @@ from upcycle.evaluation.forecast.forecast import Forecast, forecast, forecast_in
 from upcycle.evaluation.forecast.probes import LayerTimes, layer_times, seconds
 from upcycle.planning.expert_job import ExpertJob
 from upcycle.recipe.conversion_recipe import Recipe, parse_recipe
-from upcycle.registry import METHODS, load
+from upcycle.registry import METHODS
 
-KINDS = ("copies", "partition", "overlap")
 SPLIT: dict[str, Any] = {
     "method": "contiguous_split",
     "experts": 4,
@@ -108,11 +107,11 @@ def test_the_real_probe_decides_a_layer() -> None:
     assert seconds(lambda: None) >= 0
 
 
-CALIBRATED = [name for name in METHODS if load("method", name).calibrated and load("method", name).kind in KINDS]
+SPLITTERS = [name for name, place in METHODS.items() if place.startswith("upcycle.splitters.")]
 
 
 @pytest.mark.one_in(6)
-@pytest.mark.parametrize("method", CALIBRATED)
+@pytest.mark.parametrize("method", SPLITTERS)
 def test_every_method_can_be_timed_or_says_why_not(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "_FEW", 64)
     monkeypatch.setattr(probes, "_MANY", 128)
