@@ -119,7 +119,7 @@ def test_every_method_can_be_timed_or_says_why_not(method: str, monkeypatch: pyt
     assert found.unknown or found.phases["calibrating"] > 0
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("router", ["ridge", "distilled", "centroid", "representative", "cool"])
 @pytest.mark.parametrize("refit", ["down", "blocks", "scale", "none"])
 def test_every_router_and_refit_can_be_timed(router: str, refit: str, monkeypatch: pytest.MonkeyPatch) -> None:
