@@ -186,10 +186,11 @@ def _calibrating(job: ExpertJob, tokens: int, attention: float, times: LayerTime
 def _verifying(job: ExpertJob, plan: Plan, attention: float, ffn: float, product: float, streamed: float) -> float:
     """Return the seconds of reading a text with both models, and of loading them."""
     dense = job.dense
-    head = product * dense.hidden_size * dense.vocab_size
-    passing = dense.num_hidden_layers * (attention + ffn) + head
-    both = passing * (1 + plan.flops_per_token / plan.flops_per_token_dense)
+    others = dense.num_hidden_layers * attention + product * dense.hidden_size * dense.vocab_size
+    passing = others + dense.num_hidden_layers * ffn
+    converted = passing * plan.flops_per_token / plan.flops_per_token_dense
     compared = comparison_seconds(dense.vocab_size) * dense.vocab_size
     texts = 2 if job.calibrated and job.promise[0] == "approximate" else 1  # of another kind, too
+    blocks = max(0.0, converted - others)  # which run a second time, on the dense model's inputs
     loaded = 2 * (plan.bytes_dense + plan.bytes_output) * streamed
-    return job.recipe.verification.tokens * texts * (both + compared) + loaded
+    return job.recipe.verification.tokens * (texts * (passing + converted + compared) + blocks) + loaded
