@@ -104,7 +104,7 @@ def calibrating_seconds(job: ExpertJob, tokens: int) -> float | None:
     """Forecast the calibration of one job on so many tokens; None where nothing is known of its time."""
     if _unlike(job):
         return None
-    product = product_seconds(1024, job.dense.hidden_size, job.dense.intermediate_size)
+    product = product_seconds(512, job.dense.hidden_size, job.dense.intermediate_size)
     return _calibrating(job, tokens, _attention(job, product), layer_times(job), file_seconds()[1])
 
 
@@ -146,7 +146,7 @@ def _calibration_tokens(job: ExpertJob) -> int:
 def _phases(job: ExpertJob, tokens: int) -> dict[str, float]:
     plan, dense = job.cost(), job.dense
     times = layer_times(job)
-    product = product_seconds(1024, dense.hidden_size, dense.intermediate_size)
+    product = product_seconds(512, dense.hidden_size, dense.intermediate_size)
     written, streamed = file_seconds()
     attention = _attention(job, product)
     found = {}

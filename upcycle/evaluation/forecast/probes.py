@@ -146,7 +146,7 @@ def _random_ffn(job: ExpertJob, layer: int) -> FeedForward:
 
 def product_seconds(rows: int, inner: int, columns: int) -> float:
     """Return the seconds of one multiplication in an fp32 matrix product of about these sizes."""
-    inner, columns = min(inner, 4096), min(columns, 8192)
+    inner, columns = min(inner, 2048), min(columns, 4096)  # beyond these, rates change little
     a, b = torch.randn(rows, inner), torch.randn(columns, inner)
     return seconds(lambda: linear(a, b)) / (rows * inner * columns)
 
