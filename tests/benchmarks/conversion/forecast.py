@@ -27,6 +27,13 @@ from upcycle.recipe.shipped_recipes import shipped
 SMOLLM2 = Path.home() / ".cache" / "upcycle-tests" / "SmolLM2-135M-Instruct"
 RECIPES = ("split_50", "split_25", "mixtral-4x")
 ALLOWED = 0.30
+ABOUT = (  # the head of the page
+    "# Forecasts of conversions",
+    "",
+    "What `upcycle plan` says a conversion takes, beside what it took, and how long it took to say so: "
+    "`OMP_NUM_THREADS=1 python -P tests/benchmarks/conversion/forecast.py --out docs/measured/forecast.md`.",
+    "",
+)
 
 
 class Phases(Progress):
@@ -96,7 +103,7 @@ def main() -> None:
     lines += [f"- worst: {worst:.0%} (allowed: {ALLOWED:.0%})"]
     sys.stdout.write("\n".join(lines) + "\n")
     if asked.out:
-        asked.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        asked.out.write_text("\n".join([*ABOUT, *lines]) + "\n", encoding="utf-8")
     sys.exit(worst > ALLOWED)
 
 
