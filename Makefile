@@ -44,6 +44,7 @@ benchmark: $(READY)     # against mergekit, plain copying and k-means-constraine
 	$(BIN)/python -P tests/benchmarks/splitting/large_split.py
 	$(BIN)/python -P tests/benchmarks/splitting/clustering.py
 	$(BIN)/python -P tests/benchmarks/training/packing.py
+	OMP_NUM_THREADS=1 $(BIN)/python -P tests/benchmarks/conversion/forecast.py --out docs/measured/forecast.md
 
 quality: $(READY)       # mixes of the demo model; split recipes and every splitting method on SmolLM2-135M; about an hour
 	$(BIN)/python -P tests/benchmarks/mixing/mixing_quality.py

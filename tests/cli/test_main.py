@@ -198,6 +198,7 @@ def test_the_demo_ends_on_the_split_that_compare_recommends() -> None:
     measured = (Path(__file__).parents[2] / "docs" / "measured" / "compare_demo.md").read_text()
     (recommended,) = re.findall(r"`upcycle convert demo OUT (.* --active 0\.5 .*)`", measured)
     assert recommended == demo.flags(demo.RECOMMENDED)
+    assert demo.flags(demo.CONVERSIONS[-1][2]) == f"{recommended} --calibration-tokens 6144"
 
 
 @pytest.mark.long

@@ -15,7 +15,7 @@ from upcycle.files.formats.parsing import dump_yaml, parse_yaml, read_yaml
 from upcycle.formatting import count
 from upcycle.recipe.conversion_recipe import parse_recipe
 from upcycle.recipe.model_recipes import model_recipes, table_file
-from upcycle.recipe.shipped_recipes import conversion_recipe, recipe_names
+from upcycle.recipe.shipped_recipes import conversion_recipe, names_of_recipes
 
 MODELS = model_configs()
 
@@ -81,7 +81,7 @@ def test_commands_take_it_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     listed = {entry["name"]: entry for entry in json.loads(run("list", "recipes", "--json").stdout)["recipes"]}
     assert set(model_recipes()) <= set(listed)
     assert listed["qwen3-0.6b-split50"]["model"] == "qwen3-0.6b"
-    assert "qwen3-0.6b-split50" in recipe_names("convert")
+    assert "qwen3-0.6b-split50" in names_of_recipes("convert")
     for arguments, wanted in (
         (["plan", "qwen3-0.6b-split5", "--source", "demo"], "did you mean 'qwen3-0.6b-split50'?"),
         (["train", "qwen3-0.6b-split50"], "'qwen3-0.6b-split50' is a recipe of upcycle convert"),

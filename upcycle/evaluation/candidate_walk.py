@@ -176,7 +176,8 @@ class Walk:
         from upcycle.evaluation.forecast.forecast import calibrating_seconds
 
         job, read = candidates[0].job, self._ids["calibration"].numel()
-        one = calibrating_seconds(job, read)
+        if (one := calibrating_seconds(job, read)) is None:
+            return
         share = 1 + self._ids["evaluation"].numel() / read
         took = duration(one * share * len(candidates))
         self._progress.tell(f"comparing {len(candidates)} splits, layer by layer, on {read:,} tokens: about {took}")

@@ -18,10 +18,10 @@ from upcycle.evaluation.shape_speed import (
     STOCK,
     ShapeKey,
     Times,
-    clock,
     prompt_length,
     relative_times,
 )
+from upcycle.hardware.clocks import clock
 from upcycle.progress import Progress
 
 if TYPE_CHECKING:

@@ -5,10 +5,9 @@ Every model is a stock one with random weights, in one process, so that whatever
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
-from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from upcycle.architectures.module_paths import text_config
 from upcycle.architectures.usual_keys import own_key, usual_keys
 from upcycle.errors import EnvironmentFault
 from upcycle.formatting import size
+from upcycle.hardware.clocks import clock
 from upcycle.hardware.memory import available_memory
 from upcycle.kernels.entry.transformers_blocks import use_kernels
 from upcycle.models.experts import has_experts, use_experts
@@ -41,11 +41,6 @@ class Times:
     def request(self, generate: int = GENERATE) -> float:
         """Return the seconds of a whole request: the prompt, and ``generate`` tokens after it."""
         return self.prefill + generate * self.decode
-
-
-def clock() -> Callable[[], float]:
-    """Return the clock to time with: the process's own time where it has one thread, which no other process can lengthen."""
-    return process_time if torch.get_num_threads() == 1 else perf_counter
 
 
 def prompt_length(configs: Mapping[str, Mapping[str, Any]], prompt: int = PROMPT) -> int:

@@ -32,7 +32,7 @@ def shipped(verb: Verb) -> dict[str, Path]:
     return {path.stem: path for path in found if path.stem not in _NO_RECIPES}
 
 
-def recipe_names(verb: Verb) -> list[str]:
+def names_of_recipes(verb: Verb) -> list[str]:
     """Return the names of all recipes for a verb, those for single models last."""
     return [*shipped(verb), *(model_recipes() if verb == "convert" else ())]
 
@@ -67,7 +67,8 @@ def conversion_recipe(argument: str) -> tuple[str, dict[str, Any]] | None:
     Raises:
         UsageError: as :func:`recipe_file`, or the file is no recipe.
     """
-    if argument in model_recipes() and not is_local(argument):
+    may_be_name = not (argument.endswith(_SUFFIXES) or "/" in argument or is_local(argument))
+    if may_be_name and argument not in shipped("convert") and argument in model_recipes():
         return argument, parse_yaml(model_recipes()[argument].text, argument, error=UsageError)
     path = recipe_file(argument, "convert")
     return None if path is None else (str(path), read_recipe(path))
@@ -89,7 +90,7 @@ def needed_recipe_file(argument: str, verb: Verb) -> Path:
 
 def recipe_hint(argument: str, verb: Verb) -> str:
     """Return a hint with the shipped recipe that the user may have meant, and all there are."""
-    close = difflib.get_close_matches(argument, recipe_names(verb), n=1)
+    close = difflib.get_close_matches(argument, names_of_recipes(verb), n=1)
     meant = f"did you mean '{close[0]}'? " if close else ""
     models = "; or one for a model: upcycle list recipes" if verb == "convert" else ""
     return f"{meant}a YAML file, or one of: {', '.join(shipped(verb))}{models}"
@@ -105,7 +106,7 @@ def _shipped(name: str, verb: Verb, argument: str | None = None) -> Path | None:
     if name in recipes:
         return recipes[name]
     for other in RECIPE_VERBS:
-        if other != verb and name in recipe_names(other):
+        if other != verb and name in names_of_recipes(other):
             raise UsageError(f"'{name}' is a recipe of upcycle {other}", hint=f"upcycle {other} {name} {_MORE[other]}")
     if argument:
         raise UsageError(f"no such recipe: {argument}", hint=recipe_hint(name, verb))

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from upcycle.conversion.convert import run_recipe
-from upcycle.evaluation.forecast.forecast import forecast
-from upcycle.evaluation.forecast.probes import clock
+from upcycle.evaluation.forecast.forecast import forecast, timed_job
+from upcycle.hardware.clocks import clock
 from upcycle.progress import Progress
 from upcycle.recipe.conversion_recipe import Recipe, parse_recipe, read_recipe
 from upcycle.recipe.shipped_recipes import shipped
@@ -27,6 +27,13 @@ from upcycle.recipe.shipped_recipes import shipped
 SMOLLM2 = Path.home() / ".cache" / "upcycle-tests" / "SmolLM2-135M-Instruct"
 RECIPES = ("split_50", "split_25", "mixtral-4x")
 ALLOWED = 0.30
+ABOUT = (  # the head of the page
+    "# Forecasts of conversions",
+    "",
+    "What `upcycle plan` says a conversion takes, beside what it took, and how long it took to say so: "
+    "`OMP_NUM_THREADS=1 python -P tests/benchmarks/conversion/forecast.py --out docs/measured/forecast.md`.",
+    "",
+)
 
 
 class Phases(Progress):
@@ -80,7 +87,7 @@ def main() -> None:
         for name in asked.recipes:
             recipe, now = recipe_of(name, sources[model], asked.tokens), clock()
             start = now()
-            found = forecast(recipe)
+            found = forecast(*timed_job(recipe))
             took = now() - start
             seconds, phases = measured(recipe)
             off = found.seconds / seconds - 1
@@ -96,7 +103,7 @@ def main() -> None:
     lines += [f"- worst: {worst:.0%} (allowed: {ALLOWED:.0%})"]
     sys.stdout.write("\n".join(lines) + "\n")
     if asked.out:
-        asked.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        asked.out.write_text("\n".join([*ABOUT, *lines]) + "\n", encoding="utf-8")
     sys.exit(worst > ALLOWED)
 
 

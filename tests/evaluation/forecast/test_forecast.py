@@ -13,12 +13,14 @@ from click.testing import CliRunner
 from upcycle.cli.main import cli
 from upcycle.conversion.jobs import job_of
 from upcycle.evaluation.forecast import forecast as module
-from upcycle.evaluation.forecast.forecast import Forecast, forecast, said
+from upcycle.evaluation.forecast import probes
+from upcycle.evaluation.forecast.forecast import Forecast, forecast, forecast_in_words, forecast_of
 from upcycle.evaluation.forecast.probes import LayerTimes, layer_times, seconds
 from upcycle.planning.expert_job import ExpertJob
 from upcycle.recipe.conversion_recipe import Recipe, parse_recipe
+from upcycle.registry import METHODS
 
-SPLIT = {
+SPLIT: dict[str, Any] = {
     "method": "contiguous_split",
     "experts": 4,
     "top_k": 2,
@@ -37,6 +39,12 @@ def job(**keys: Any) -> ExpertJob:
     return found
 
 
+def test_what_cannot_be_planned_or_is_short_is_not_forecast(still: None) -> None:
+    assert forecast_of(recipe(target="no_such_target"), 0.0) is None
+    assert forecast_of(recipe(**SPLIT), least=1e15) is None
+    assert forecast_of(recipe(**SPLIT), least=1e9) is not None
+
+
 @pytest.fixture
 def still(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which every measurement is known."""
@@ -47,7 +55,7 @@ def still(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_calibration_costs_its_tokens_and_its_layers(still: None) -> None:
-    few, many = (forecast(recipe(**SPLIT | {"calibration": {"text": "demo", "tokens": n}})) for n in (2048, 4096))
+    few, many = (forecast(job(**SPLIT | {"calibration": {"text": "demo", "tokens": n}})) for n in (2048, 4096))
     layers = len(job(**SPLIT).shape.moe_layers)
     fixed = 2 * few.phases["calibrating"] - many.phases["calibrating"]
     assert fixed == pytest.approx(2.0 * layers, rel=1e-6)
@@ -57,20 +65,23 @@ def test_a_calibration_costs_its_tokens_and_its_layers(still: None) -> None:
 
 
 def test_copies_are_not_calibrated(still: None) -> None:
-    found = forecast(recipe(experts=4, top_k=2, verification={"enabled": False}))
+    found = forecast(job(experts=4, top_k=2, verification={"enabled": False}))
     assert list(found.phases) == ["opening", "converting"]
     assert found.phases["converting"] == pytest.approx(job(experts=4, top_k=2).cost().bytes_output * 1e-9)
 
 
 def test_what_is_not_known_says_why() -> None:
-    found = forecast(recipe(method="static_prune", active=0.5, calibration="demo"))
+    found = forecast(job_of(recipe(method="static_prune", active=0.5, calibration="demo")))
     assert found == Forecast({}, "only conversions of one model into experts are forecast")
+    written = SPLIT | {"calibration": {"text": ["self", "demo"], "tokens": 4096}}
+    assert "writes itself" in str(forecast(job(**written)).unknown)
+    odd = job(**SPLIT)
+    wide = replace(odd, dense=replace(odd.dense, intermediate_size=14335))
+    assert "too wide" in str(forecast(wide).unknown)
 
 
 def test_a_wide_layer_is_timed_by_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight times as many neurons: the same part is timed, and scaled by its matrix products and by the cube of its width."""
-    from upcycle.evaluation.forecast import probes
-
     ticks = count()
     monkeypatch.setattr(
         probes, "seconds", lambda work, repeats=3: float(next(ticks) % 3 + 1)
@@ -96,6 +107,27 @@ def test_the_real_probe_decides_a_layer() -> None:
     assert seconds(lambda: None) >= 0
 
 
+SPLITTERS = [name for name, place in METHODS.items() if place.startswith("upcycle.splitters.")]
+
+
+@pytest.mark.one_in(6)
+@pytest.mark.parametrize("method", SPLITTERS)
+def test_every_method_can_be_timed_or_says_why_not(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "_FEW", 64)
+    monkeypatch.setattr(probes, "_MANY", 128)
+    found = forecast(job(**SPLIT | {"method": method}))
+    assert found.unknown or found.phases["calibrating"] > 0
+
+
+@pytest.mark.one_in(10)
+@pytest.mark.parametrize("router", ["ridge", "distilled", "centroid", "representative", "cool"])
+@pytest.mark.parametrize("refit", ["down", "blocks", "scale", "none"])
+def test_every_router_and_refit_can_be_timed(router: str, refit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "_FEW", 64)
+    monkeypatch.setattr(probes, "_MANY", 128)
+    assert forecast(job(**SPLIT | {"router": router, "refit": refit})).phases["calibrating"] > 0
+
+
 def test_plan_says_it(still: None) -> None:
     arguments = ["plan", "demo", "--method", "contiguous_split", "--experts", "4", "--top-k", "2"]
     printed = " ".join(CliRunner().invoke(cli, arguments).stdout.split())
@@ -105,4 +137,4 @@ def test_plan_says_it(still: None) -> None:
     told = json.loads(CliRunner().invoke(cli, [*arguments, "--json", "--time"]).stdout)["forecast"]
     assert told["seconds"] == pytest.approx(sum(told["phases"].values()))
     assert "forecast" not in json.loads(CliRunner().invoke(cli, [*arguments, "--json"]).stdout)
-    assert said(Forecast({"opening": 1.0, "converting": 2.0})) == "3.0 s (opening 1.0 s, converting 2.0 s)"
+    assert forecast_in_words(Forecast({"opening": 1.0, "converting": 2.0})) == "3.0 s (opening 1.0 s, converting 2.0 s)"

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable
 import click
 from click.shell_completion import CompletionItem
 
-from upcycle.recipe.shipped_recipes import RECIPE_VERBS, Verb
-from upcycle.recipe.shipped_recipes import recipe_names as names_of_recipes
+from upcycle.recipe.shipped_recipes import RECIPE_VERBS, Verb, names_of_recipes
 from upcycle.registry import KINDS
 
 Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]

@@ -302,15 +302,16 @@ class ProgressBars(Progress):
     """
 
     def __init__(self, quiet: bool) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn
         from rich.progress import Progress as RichProgress
+
+        from upcycle.cli.shared.left_column import LeftColumn
 
         self._quiet, self.listens = quiet, not quiet
         off = quiet or bool(os.environ.get("TQDM_DISABLE"))
         drawn = not off and sys.stderr.isatty() and not os.environ.get("CI")
         title = TextColumn("{task.description}", markup=False)
-        whole = TextColumn("{task.fields[left]}", markup=False)
-        columns = SpinnerColumn(), title, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), whole
+        columns = SpinnerColumn(), title, BarColumn(bar_width=20), MofNCompleteColumn(), LeftColumn()
         self._bars = RichProgress(*columns, console=_console(sys.stderr), transient=True, disable=not drawn)
         self._task: Any = None
         self._lines = not off and not drawn
@@ -340,7 +341,7 @@ class ProgressBars(Progress):
         self._done += steps
         now = monotonic()
         whole = self._whole.left(self._title, self._done / max(1, self._total), now - self._began)
-        self._bars.update(self._task, advance=steps, left=f"all: {duration(whole)} left" if whole is not None else "")
+        self._bars.update(self._task, advance=steps, left="" if whole is None else f"{duration(whole)} of all")
         if self._lines and now - self._told >= LINE_SECONDS and self._done < self._total:
             self._told = now
             left = duration((now - self._began) / self._done * (self._total - self._done))

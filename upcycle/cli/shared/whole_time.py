@@ -19,7 +19,12 @@ class WholeTime:
 
     def __init__(self, expected: Mapping[str, float]) -> None:
         self._expected = dict(expected)
-        self._forecast = self._took = 0.0  # of finished phases
+        self._forecast = self._took = 0.0  # of what was done so far
+        self._first: tuple[str, float, float] = (
+            "",
+            0.0,
+            0.0,
+        )  # what was done of the phase that runs when it was first heard of
 
     def finish(self, title: str, seconds: float) -> None:
         """Take note that a phase took so long; phases before it that never began are dropped."""
@@ -28,8 +33,9 @@ class WholeTime:
         for name in list(self._expected):
             forecast = self._expected.pop(name)
             if name == title:
-                self._forecast += forecast
-                self._took += seconds
+                before, spent = self._first[1:] if self._first[0] == title else (0.0, 0.0)
+                self._forecast += (1 - before) * forecast
+                self._took += seconds - spent
                 return
 
     def left(self, title: str, done: float, seconds: float) -> float | None:
@@ -37,15 +43,18 @@ class WholeTime:
 
         Args:
             title: of the phase that runs.
-            done: the part of its steps that is done.
+            done: the part of its steps that is done, by a run before this one, too.
             seconds: how long it has run.
         """
         if title not in self._expected:
             return None
+        if self._first[0] != title:
+            self._first = (title, done, seconds)
+        _, before, spent = self._first
         names = list(self._expected)
         ahead = sum(self._expected[name] for name in names[names.index(title) :])
-        passed = self._forecast + done * self._expected[title]
         rest = ahead - done * self._expected[title]
+        passed = self._forecast + (done - before) * self._expected[title]
         if passed < _TRUSTED * (self._forecast + ahead):
             return rest
-        return rest * (self._took + seconds) / passed
+        return rest * (self._took + seconds - spent) / passed

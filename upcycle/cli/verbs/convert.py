@@ -109,11 +109,11 @@ def foretell(recipe: Recipe, progress: ProgressBars) -> None:
     """Say how long a conversion will take that is worth a forecast: one that looks at text with a model that is not tiny."""
     if not (progress.listens and recipe.calibration.texts):
         return
-    from upcycle.evaluation.forecast.forecast import WORTH_IT, forecast_of, said
+    from upcycle.evaluation.forecast.forecast import WORTH_IT, forecast_in_words, forecast_of
 
     found = forecast_of(recipe, least=WORTH_IT)
     if found is not None and not found.unknown:
-        progress.tell(f"about {said(found)}")
+        progress.tell(f"about {forecast_in_words(found)}")
         progress.expect(found.phases)
 
 

@@ -24,7 +24,8 @@ from upcycle.cli.shared.output import (
 from upcycle.files.output.ownership import check_output
 from upcycle.formatting import count
 
-# What upcycle compare recommends where half of the FFN neurons run (docs/measured/compare_demo.md, with which a test compares it).
+# What upcycle compare recommends where half of the FFN neurons run (docs/measured/compare_demo.md, with which a test compares it);
+# calibrated on as many tokens as there, so that the demo stays short.
 RECOMMENDED: dict[str, Any] = {
     "method": "coactivation_kmeans",
     "active": 0.5,
@@ -41,7 +42,7 @@ CONVERSIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("4 copies, top-2", "upcycled", {"method": "sparse_upcycling", "experts": 4, "top_k": 2}),
     ("8 slices, all on", "split-all", {"method": "random_split", "experts": 8, "top_k": 8}),
     ("4 shared + 8 slices, all on", "split-shared", {"method": "random_split", "experts": 8, "top_k": 8, "shared": 4}),
-    ("half of the neurons, fitted", "split-half", RECOMMENDED),
+    ("half of the neurons, fitted", "split-half", {**RECOMMENDED, "calibration": {"text": "demo", "tokens": 6144}}),
 )
 REPORT = "report.html"
 PROMPT = "If the file does not exist,"
@@ -136,7 +137,10 @@ def _report(out: Path) -> str | None:
 
 def flags(keys: dict[str, Any]) -> str:
     """Return recipe keys as options of ``upcycle convert``."""
-    return " ".join(f"--{key.replace('_', '-')} {value}" for key, value in keys.items())
+    told = dict(keys)
+    if isinstance(inner := keys.get("calibration"), dict):
+        told |= {"calibration": inner["text"], "calibration_tokens": inner["tokens"]}
+    return " ".join(f"--{key.replace('_', '-')} {value}" for key, value in told.items())
 
 
 def _row(title: str, result: Any) -> list[Cell]:

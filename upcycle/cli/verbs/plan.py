@@ -53,21 +53,20 @@ def command(source: str | None, timed: bool | None, as_json: bool, debug: bool, 
 
 def show_plan(recipe: Any, as_json: bool, timed: bool) -> None:
     """Print the plan of a recipe (also ``convert --dry-run``), and where it is ``timed``, how long the conversion takes."""
-    from upcycle.conversion.jobs import job_of
+    from upcycle.evaluation.forecast.forecast import forecast, forecast_in_words, timed_job
 
-    plan = job_of(recipe).cost()
-    found = None
-    if timed:
-        from upcycle.evaluation.forecast.forecast import forecast, said
-
-        found = forecast(recipe)
+    job, opening = timed_job(recipe)
+    plan = job.cost()
+    found = forecast(job, opening) if timed else None
     if as_json:
         told = {"forecast": {"seconds": found.seconds, **asdict(found)}} if found else {}
         print_json({**plan.as_dict(), **told})
         return
     facts = plan_facts(plan)
     if found:
-        takes = f"not forecast: {found.unknown}" if found.unknown else f"about {said(found)}, on this machine"
+        takes = (
+            f"not forecast: {found.unknown}" if found.unknown else f"about {forecast_in_words(found)}, on this machine"
+        )
         facts.append(("to convert", takes))
     print_facts(facts)
     if len(plan.shards) > 1:

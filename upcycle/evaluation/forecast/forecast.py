@@ -10,19 +10,22 @@ from upcycle.conversion.jobs import job_of
 from upcycle.errors import UpcycleError
 from upcycle.evaluation.forecast.probes import (
     LayerTimes,
-    clock,
     comparison_seconds,
     file_seconds,
     layer_times,
     product_seconds,
+    too_wide,
 )
 from upcycle.formatting import duration
+from upcycle.hardware.clocks import clock
 from upcycle.planning.cost import MOST_CACHE_BYTES
 from upcycle.planning.expert_job import ExpertJob
 from upcycle.planning.open_sources import all_local, open_sources
 from upcycle.progress import SILENT
+from upcycle.text.reading.plain_text import SELF_WRITTEN
 
 if TYPE_CHECKING:
+    from upcycle.conversion.job import ConversionJob
     from upcycle.planning.cost import Plan
     from upcycle.recipe.conversion_recipe import Recipe
 
@@ -45,11 +48,8 @@ class Forecast:
         return sum(self.phases.values())
 
 
-def forecast(recipe: Recipe) -> Forecast:
-    """Forecast a conversion. What is opened and read before it begins is opened and read here, and timed.
-
-    Args:
-        recipe: the conversion's. A download is not forecast.
+def timed_job(recipe: Recipe) -> tuple[ConversionJob, float]:
+    """Plan a conversion; return its job, and how long that took, which the conversion does, too.
 
     Raises:
         UpcycleError: whatever the conversion would refuse before reading weights.
@@ -57,15 +57,29 @@ def forecast(recipe: Recipe) -> Forecast:
     now = clock()
     start = now()
     job = job_of(recipe)
-    if reason := _unlike(recipe, job):
+    return job, now() - start
+
+
+def forecast(job: ConversionJob, opening: float = 0.0) -> Forecast:
+    """Forecast a conversion. The text that it reads is read here, and that is timed; a download is not forecast.
+
+    Args:
+        job: the conversion.
+        opening: seconds that planning it took.
+
+    Raises:
+        UpcycleError: the text cannot be read.
+    """
+    if reason := _unlike(job):
         return Forecast({}, reason)
     assert isinstance(job, ExpertJob)
+    now = clock()
+    start = now()
     tokens = _calibration_tokens(job)
-    opened = now() - start
-    return Forecast({"opening": opened, **_phases(job, tokens)})
+    return Forecast({"opening": opening + now() - start, **_phases(job, tokens)})
 
 
-def forecast_of(recipe: Recipe, least: float = 0.0) -> Forecast | None:
+def forecast_of(recipe: Recipe, least: float) -> Forecast | None:
     """Forecast a conversion; None where it cannot be planned, as the conversion itself will say, or is shorter than it is worth.
 
     Args:
@@ -73,35 +87,48 @@ def forecast_of(recipe: Recipe, least: float = 0.0) -> Forecast | None:
         least: parameters times calibration tokens from which it is forecast.
     """
     try:
-        plan = job_of(recipe).cost()
-        return forecast(recipe) if plan.parameters_dense * plan.calibration_tokens >= least else None
+        job, opening = timed_job(recipe)
+        plan = job.cost()
+        return forecast(job, opening) if plan.parameters_dense * plan.calibration_tokens >= least else None
     except UpcycleError:
         return None
 
 
-def said(found: Forecast) -> str:
+def forecast_in_words(found: Forecast) -> str:
     """Return a forecast in words."""
     parts = ", ".join(f"{title} {duration(seconds)}" for title, seconds in found.phases.items())
     return f"{duration(found.seconds)} ({parts})"
 
 
-def calibrating_seconds(job: ExpertJob, tokens: int) -> float:
-    """Forecast the calibration of one job on so many tokens."""
-    product = product_seconds(1024, job.dense.hidden_size, job.dense.intermediate_size)
+def calibrating_seconds(job: ExpertJob, tokens: int) -> float | None:
+    """Forecast the calibration of one job on so many tokens; None where nothing is known of its time."""
+    if _unlike(job):
+        return None
+    product = product_seconds(512, job.dense.hidden_size, job.dense.intermediate_size)
     return _calibrating(job, tokens, _attention(job, product), layer_times(job), file_seconds()[1])
 
 
-def _unlike(recipe: Recipe, job: object) -> str | None:
+def _unlike(job: object) -> str | None:
     """Return which kind of conversion this is, where nothing is known of its time."""
     if not isinstance(job, ExpertJob) or job.method.kind not in ("copies", "partition", "overlap"):
         return "only conversions of one model into experts are forecast"
-    if job.members or job.undecided or job.sampled or job.projections or job.router.walks:
-        return "what several sources or attention's projections take is not forecast"
-    if job.family.reads != "text" or job.family.encoder or job.family.pauses:
-        return "only decoders of text are forecast"
-    if job.calibrated and job.method.needs_gradients:
-        return "a pass backward through the model is not forecast"
-    return None
+    family, calibrated = job.family, job.calibrated
+    reasons = {
+        "what several sources or attention's projections take is not forecast": job.members
+        or job.undecided
+        or job.sampled
+        or job.projections
+        or job.router.walks,
+        "only decoders of text are forecast": job.shape.sizes
+        or family.reads != "text"
+        or family.encoder
+        or family.pauses,
+        "a pass backward through the model is not forecast": calibrated and job.method.needs_gradients,
+        "text that the model writes itself is not forecast": calibrated
+        and SELF_WRITTEN in job.recipe.calibration.texts,
+        "its layers are too wide to be timed in a moment": calibrated and too_wide(job),
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
 
 
 def _calibration_tokens(job: ExpertJob) -> int:
@@ -112,15 +139,14 @@ def _calibration_tokens(job: ExpertJob) -> int:
         return job.recipe.calibration.tokens
     from upcycle.calibration.read_tokens import calibration_windows
 
-    windows, own = calibration_windows(job, open_sources(job.recipe, job.method), SILENT)
-    window = min(job.recipe.calibration.window, job.context)
-    return (0 if windows is None else windows.numel()) + (own.windows * window if own else 0)
+    windows, _ = calibration_windows(job, open_sources(job.recipe, job.method), SILENT)
+    return 0 if windows is None else windows.numel()
 
 
 def _phases(job: ExpertJob, tokens: int) -> dict[str, float]:
     plan, dense = job.cost(), job.dense
     times = layer_times(job)
-    product = product_seconds(1024, dense.hidden_size, dense.intermediate_size)
+    product = product_seconds(512, dense.hidden_size, dense.intermediate_size)
     written, streamed = file_seconds()
     attention = _attention(job, product)
     found = {}
@@ -160,10 +186,11 @@ def _calibrating(job: ExpertJob, tokens: int, attention: float, times: LayerTime
 def _verifying(job: ExpertJob, plan: Plan, attention: float, ffn: float, product: float, streamed: float) -> float:
     """Return the seconds of reading a text with both models, and of loading them."""
     dense = job.dense
-    head = product * dense.hidden_size * dense.vocab_size
-    passing = dense.num_hidden_layers * (attention + ffn) + head
-    both = passing * (1 + plan.flops_per_token / plan.flops_per_token_dense)
+    others = dense.num_hidden_layers * attention + product * dense.hidden_size * dense.vocab_size
+    passing = others + dense.num_hidden_layers * ffn
+    converted = passing * plan.flops_per_token / plan.flops_per_token_dense
     compared = comparison_seconds(dense.vocab_size) * dense.vocab_size
     texts = 2 if job.calibrated and job.promise[0] == "approximate" else 1  # of another kind, too
+    blocks = max(0.0, converted - others)  # which run a second time, on the dense model's inputs
     loaded = 2 * (plan.bytes_dense + plan.bytes_output) * streamed
-    return job.recipe.verification.tokens * texts * (both + compared) + loaded
+    return job.recipe.verification.tokens * (texts * (passing + converted + compared) + blocks) + loaded

@@ -10,9 +10,9 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
-from time import perf_counter, process_time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +22,7 @@ from upcycle.calibration.decide_layer import decide_layer
 from upcycle.ffn.activations import HELD_OUT_EVERY, Activations
 from upcycle.ffn.feed_forward import FeedForward
 from upcycle.ffn.neurons import Neurons
+from upcycle.hardware.clocks import clock
 
 if TYPE_CHECKING:
     from upcycle.planning.expert_job import ExpertJob
@@ -31,12 +32,6 @@ _TOKENS = 1024  # that a pass is timed on
 _FEW, _MANY = 1024, 3072  # tokens that a layer is decided on, to tell what each of them costs from what the layer does
 _FILE = 1 << 25  # bytes
 _SPREAD = 0.02  # of random weights
-Clock = Callable[[], float]
-
-
-def clock() -> Clock:
-    """Return the clock to time with: the process's own where it has one thread, which other processes cannot lengthen."""
-    return process_time if torch.get_num_threads() == 1 else perf_counter
 
 
 def seconds(work: Callable[[], object], repeats: int = 3) -> float:
@@ -66,7 +61,8 @@ class LayerTimes:
 
 def layer_times(job: ExpertJob) -> LayerTimes:
     """Time a layer's FFN, and where it is calibrated, how long deciding it takes."""
-    job, by = _narrowed(job)
+    by = _parts(job)
+    job = _narrowed(job, by)
     layer = job.shape.moe_layers[0]
     ffn = _random_ffn(job, layer)
     rng = torch.Generator().manual_seed(0)
@@ -75,7 +71,7 @@ def layer_times(job: ExpertJob) -> LayerTimes:
         passing = seconds(lambda: linear(Neurons(ffn)(x[:_TOKENS]), ffn.down.float())) / _TOKENS
         if not job.calibrated:
             return LayerTimes(passing * by**2, 0.0, 0.0)
-        few, many = (seconds(lambda t=tokens: _decide(job, ffn, x[:t]), 1) for tokens in (_FEW, _MANY))
+        few, many = (seconds(partial(_decide, job, ffn, x[:tokens]), 1) for tokens in (_FEW, _MANY))
     token = max(0.0, many - few) / (_MANY - _FEW)
     return LayerTimes(passing * by**2, token * by**2, max(0.0, few - _FEW * token) * by**3)
 
@@ -107,17 +103,24 @@ def _fewer_tokens(job: ExpertJob, share: float) -> ExpertJob:
     return replace(job, **changed)
 
 
-def _narrowed(job: ExpertJob) -> tuple[ExpertJob, int]:
-    """Return the job for a layer that is not too wide to be timed, and by how much it is narrower."""
-    by = 1
-    while job.dense.intermediate_size // by > _WIDEST and not (job.shape.expert_size // by) % 32:
+def too_wide(job: ExpertJob) -> bool:
+    """Return whether deciding a layer would take long to time, and no part of it can stand for all."""
+    return job.dense.intermediate_size // _parts(job) > 2 * _WIDEST
+
+
+def _parts(job: ExpertJob) -> int:
+    """Return how many times narrower than a layer the part is that is timed: a power of two that divides all of its sizes."""
+    sizes, by = (job.dense.hidden_size, job.dense.intermediate_size, job.shape.expert_size), 1
+    while job.dense.intermediate_size // by > _WIDEST and not any(size % (2 * by) for size in sizes):
         by *= 2
-    if by == 1:
-        return job, 1
-    dense = replace(
-        job.dense, hidden_size=job.dense.hidden_size // by, intermediate_size=job.dense.intermediate_size // by
-    )
-    return replace(job, dense=dense, shape=replace(job.shape, expert_size=job.shape.expert_size // by)), by
+    return by
+
+
+def _narrowed(job: ExpertJob, by: int) -> ExpertJob:
+    """Return the job for a layer that is narrower in every direction."""
+    dense, shape = job.dense, job.shape
+    smaller = replace(dense, hidden_size=dense.hidden_size // by, intermediate_size=dense.intermediate_size // by)
+    return replace(job, dense=smaller, shape=replace(shape, expert_size=shape.expert_size // by))
 
 
 def _random_ffn(job: ExpertJob, layer: int) -> FeedForward:
@@ -143,7 +146,7 @@ def _random_ffn(job: ExpertJob, layer: int) -> FeedForward:
 
 def product_seconds(rows: int, inner: int, columns: int) -> float:
     """Return the seconds of one multiplication in an fp32 matrix product of about these sizes."""
-    inner, columns = min(inner, 4096), min(columns, 8192)
+    inner, columns = min(inner, 2048), min(columns, 4096)  # beyond these, rates change little
     a, b = torch.randn(rows, inner), torch.randn(columns, inner)
     return seconds(lambda: linear(a, b)) / (rows * inner * columns)
 

@@ -10,8 +10,7 @@ from upcycle.cli.shared.output import print_json, print_markdown
 from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import parse_yaml
 from upcycle.recipe.model_recipes import model_recipes
-from upcycle.recipe.shipped_recipes import RECIPE_VERBS, shipped
-from upcycle.recipe.shipped_recipes import recipe_names as names_of_recipes
+from upcycle.recipe.shipped_recipes import RECIPE_VERBS, names_of_recipes, shipped
 from upcycle.registry import suggestion
 
 
