@@ -74,7 +74,6 @@ def test_load_balance_and_specialisation() -> None:
     assert shown["router_cosine"][1][2] == pytest.approx(cosines[1, 2], abs=1e-4)
 
 
-
 def test_rows_that_all_point_away_from_each_other_are_not_alike() -> None:
     """No row is compared with itself, which is as near as rows can be."""
     rows = torch.eye(E) - 1 / E  # the corners of a simplex: every cosine is -1 / (E - 1)

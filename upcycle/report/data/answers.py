@@ -28,6 +28,12 @@ def answers(
     """
     text, command = _next(subject, verdict, problems, sections)
     speed = sections["speed"]
+    if verdict == "dense":
+        command = f"upcycle plan {subject.name} --experts 8"
+        return [
+            {"question": "May I use it?", "text": _use(verdict, problems, sections), "command": ""},
+            {"question": "What next?", "text": "See what converting it would cost:", "command": command},
+        ]
     measure = "" if speed.get("reference") else f"upcycle evaluate {subject.name} --reference PARENT --speed"
     return [
         {"question": "May I use it?", "text": _use(verdict, problems, sections), "command": ""},
@@ -39,6 +45,8 @@ def answers(
 def _use(verdict: str, problems: Sequence[str], sections: Mapping[str, Any]) -> str:
     if verdict == "unfinished":
         return "Not yet: it is not complete."
+    if verdict == "dense":
+        return "It is as it was published: upcycle did not make it, so there is nothing to compare it with."
     if problems:
         return f"No: {problems[0]}."
     loss, trained = _loss(sections), bool(sections["provenance"].get("trained"))
