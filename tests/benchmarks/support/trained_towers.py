@@ -1,7 +1,7 @@
 """Small models of two inputs, each trained within a minute or two of one CPU, and what they read: made on first use, and then kept.
 
 - ``restorer``: a T5 that reads a line of the embedded prose without its vowels, and writes the line.
-- ``four_digits``: a CLIP of images of four handwritten digits (scikit-learn's) with a caption that names them.
+- ``four_digits``: a CLIP of images of four handwritten digits (scikit-learn's) with a caption of their numbers.
 - ``dialled``: a Whisper that hears four telephone tones in noise, of other lengths and loudness, and writes their digits.
 
 As a program it trains them and prints the folders.
@@ -31,7 +31,6 @@ from upcycle.text.reading.plain_text import read_text
 WIDE: dict[str, Any] = {"d_model": 64, "encoder_ffn_dim": 256, "decoder_ffn_dim": 256, "encoder_layers": 3,
                         "decoder_layers": 3, "encoder_attention_heads": 4, "decoder_attention_heads": 4}  # fmt: skip
 ENDS = {"vocab_size": 96, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}  # of character_tokenizer
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 LOW, HIGH = (697, 770, 852, 941), (1209, 1336, 1477)  # hertz, of the keys of a telephone
 KEYS = "123456789*0#"
 LINE, HELD, CALIBRATED = 48, 240, 600  # characters of a line, examples that are held out, and that splits are fitted on
@@ -104,7 +103,7 @@ def restorer(folder: Path) -> None:
             read = ids_of([without_vowels(text) for text in texts])
             yield {"input_ids": read, "attention_mask": (read != 2).long(), "labels": labels_of(texts)}
 
-    fitted(model, batches(), 1500, 4e-3).save_pretrained(folder)
+    fitted(model, batches(), 1200, 4e-3).save_pretrained(folder)
     for name, side, count in (("train", sides[0], CALIBRATED), ("held", sides[1], HELD)):
         rows = ({"short": without_vowels(line), "line": line} for line in side[:: max(1, len(side) // count)][:count])
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -114,7 +113,7 @@ def four(images: torch.Tensor, labels: torch.Tensor, count: int) -> tuple[torch.
     """Pictures ``[N, 1, 16, 16]`` of four digits, and captions."""
     chosen = torch.randint(len(labels), (count, 4))
     upper, lower = (torch.cat([images[chosen[:, i]], images[chosen[:, i + 1]]], dim=-1) for i in (0, 2))
-    return torch.cat([upper, lower], dim=-2), [" ".join(WORDS[int(i)] for i in row) for row in labels[chosen]]
+    return torch.cat([upper, lower], dim=-2), ["".join(str(int(i)) for i in row) for row in labels[chosen]]
 
 
 def four_digits(folder: Path) -> None:
@@ -135,7 +134,7 @@ def four_digits(folder: Path) -> None:
             asked = {"pixel_values": pictures.expand(-1, 3, -1, -1), "return_loss": True}
             yield {"input_ids": read, "attention_mask": (read != 2).long(), **asked}
 
-    fitted(model, batches(), 2000).save_pretrained(folder)
+    fitted(model, batches(), 1500).save_pretrained(folder)
     with_image_processor(folder, model.config.vision_config)
     for name, side, count in (("train", sides[0], CALIBRATED), ("held", sides[1], HELD)):
         place = folder / name
@@ -180,7 +179,7 @@ def dialled(folder: Path) -> None:
             some = torch.randint(3000, (32,))
             yield {"input_features": features[some], "labels": labels[some]}
 
-    fitted(model, batches(), 1500).save_pretrained(folder)
+    fitted(model, batches(), 1200).save_pretrained(folder)
     extractor.save_pretrained(folder)
     for name, start, count in (("train", 0, CALIBRATED), ("held", 3000, HELD)):
         place = folder / name
