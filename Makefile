@@ -63,7 +63,7 @@ training: $(READY)      # SmolLM2-135M healed for an hour, the demo model healed
 reference: $(READY)     # the pages of docs/reference, from the code; a test says when that is needed
 	$(BIN)/python -P -m upcycle.cli.reference.write docs/reference
 
-pictures: $(READY)      # screenshots and the recorded terminal of the documentation; about ten minutes (apt-get install chromium)
+pictures: $(READY)      # screenshots and the recorded terminal of the documentation; some minutes (apt-get install chromium)
 	$(BIN)/python -P tests/support/pictures.py docs/images
 
 docs: $(READY)          # the documentation as a site in site/, with search; a broken link fails
