@@ -10,7 +10,7 @@ from upcycle.verification.verdict import unseen_ratio
 
 _LITTLE = 1.02  # ratio of perplexity below which a loss is hardly noticed
 CLOSE = 1.1  # ... up to which little is lost
-KERNELS = {"grouped_mm": "transformers' kernels", "upcycle": "upcycle's"}
+_KERNELS = {"grouped_mm": "transformers' kernels", "upcycle": "upcycle's"}
 
 
 def answers(
@@ -87,7 +87,7 @@ def _speed(subject: Subject, speed: Mapping[str, Any]) -> str:
         if not predicted:
             return "Not known: speed was not measured."
         times_of = "; ".join(
-            f"with {KERNELS.get(kernels, kernels)} {times['prefill']:.2f}x the time to read and {times['decode']:.2f}x to write"
+            f"with {_KERNELS.get(kernels, kernels)} {times['prefill']:.2f}x the time to read and {times['decode']:.2f}x to write"
             for kernels, times in predicted.items()
         )
         return f"Predicted, relative to its parent: {times_of}. Not measured."
