@@ -69,7 +69,7 @@ reference: $(READY)     # the pages of docs/reference, from the code; a test say
 recipes: $(READY)       # configs/models/table.yaml, the recipes for models that people have, from their configurations
 	$(BIN)/python -P tests/support/model_recipe_table.py
 
-pictures: $(READY)      # screenshots and the recorded terminal of the documentation; about ten minutes (apt-get install chromium)
+pictures: $(READY)      # screenshots and the recorded terminal of the documentation; some minutes (apt-get install chromium)
 	$(BIN)/python -P tests/support/pictures.py docs/images
 
 docs: $(READY)          # the documentation as a site in site/, with search; a broken link fails

@@ -20,7 +20,7 @@ def test_frames_show_what_was_printed_in_time_and_colour() -> None:
         (0.0, b"1/5 the model: "),
         (0.1, b"demo\r\nstep 1"),
         (300.0, b"\rstep 2"),
-        (600.0, b"\r\x1b[31mfailed\x1b[0m <&>\r\n"),
+        (600.0, b"\r\x1b[31mfailed\x1b[0m \x1b[38;5;214m<&>\x1b[0m\r\n"),
     ]
     film.printed(work)
     root = ElementTree.fromstring(film.svg("a <title>"))
@@ -34,5 +34,6 @@ def test_frames_show_what_was_printed_in_time_and_colour() -> None:
     assert len(order) == 5 + ("$" in shown)
     assert order == sorted(order)
     assert [text.get("class") for text in root.iter(f"{SVG}text") if text.text == "failed"] == ["red"]
+    assert [text.get("style") for text in root.iter(f"{SVG}text") if text.text == "<&>"] == ["fill:#ffaf00"]
     assert sum(film.seconds) < 2 * COMMAND + READ + LAST  # of ten minutes
     assert root.find(f"{SVG}title") is not None

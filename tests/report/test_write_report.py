@@ -238,6 +238,10 @@ def test_a_moe_that_is_no_target_and_a_dense_model(pico: Pico, pico_moe: Callabl
         routing = report.data["routing"]
         assert routing.get("layers") if watched else "no layer has a router" in routing["missing"]
         assert report.data["quality"]["domains"][0]["perplexity"] > 1
+        summary = report.data["summary"]
+        assert summary["verdict"] == ("unverified" if watched else "dense")
+        assert ("not written by upcycle" in texts(report.data)) == watched
+        assert len(summary["answers"]) == (3 if watched else 2)  # no dense model is faster than itself
         read(report)
 
 

@@ -1,6 +1,6 @@
 """Makes the pictures of the documentation: a session in a terminal, and five screenshots of reports on the models that it made.
 
-python -P tests/support/pictures.py docs/images        (make pictures: about ten minutes; needs Chromium, and pyte of the extra docs)
+python -P tests/support/pictures.py docs/images        (make pictures; needs Chromium, and pyte of the extra docs)
 
 The session asks for a faster model of the demo, converts, measures and reports it. Beside it come a model healed by distillation, a
 statically pruned one and copies, which the report puts side by side.

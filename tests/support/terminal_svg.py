@@ -5,6 +5,7 @@ It needs no script and no player, so it runs where a picture may stand; who aske
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -29,6 +30,7 @@ _COLORS = {
     "cyan": "#56c8d8",
     "white": "#e6e9ec",
 }
+_NUMBER = re.compile("[0-9a-f]{6}")  # of a colour without a name
 Frame = tuple[str, ...]
 
 
@@ -101,7 +103,7 @@ class Film:
 <title>{escape(title)}</title>
 <style>
 text{{font:14px ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace;fill:{_INK};white-space:pre}}
-.b{{font-weight:bold}}.d{{opacity:.7}}{colors}
+.b{{font-weight:bold}}{colors}
 .film{{animation:film {total:.2f}s steps(1,end) infinite}}
 @keyframes film{{{"".join(steps)}100%{{transform:translateY(-{last}px)}}}}
 @media (prefers-reduced-motion:reduce){{.film{{animation:none;transform:translateY(-{last}px)}}}}
@@ -128,18 +130,20 @@ text{{font:14px ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace;fill:{_
 def _row(cells: Sequence[Any]) -> str:
     """One row as SVG, a text for every run of cells that look the same; each is as wide as its cells in any font."""
     parts, column = [], 0
-    for look, run in groupby(cells, key=lambda cell: (cell.fg, cell.bold, cell.reverse)):
+    for (color, bold), run in groupby(cells, key=lambda cell: (cell.fg, cell.bold)):
         letters = "".join(cell.data for cell in run)
         shown = letters.strip()
         start, column = column + len(letters) - len(letters.lstrip()), column + len(letters)
         if shown:
-            kind = " ".join(filter(None, (_color(look[0]), "b" if look[1] else "")))
-            given = f' class="{kind}"' if kind else ""
+            kind = " ".join(filter(None, (_class(color), "b" if bold else "")))
+            look = f' class="{kind}"' if kind else ""
+            look += f' style="fill:#{color}"' if _NUMBER.fullmatch(color) else ""
             width = f' textLength="{len(shown) * CELL:.1f}"' if len(shown) > 1 else ""
-            parts.append(f'<text x="{start * CELL:.1f}" y="{LINE - 5}"{width}{given}>{escape(shown)}</text>')
+            parts.append(f'<text x="{start * CELL:.1f}" y="{LINE - 5}"{width}{look}>{escape(shown)}</text>')
     return "".join(parts)
 
 
-def _color(name: str) -> str:
-    """The class of a colour; of those that are given as numbers, none."""
-    return name if name in _COLORS else {"brightblack": "black", "brightred": "red"}.get(name, "")
+def _class(color: str) -> str:
+    """The class of a colour that has a name; of bright ones that of the plain one."""
+    name = color.removeprefix("bright")
+    return name if name in _COLORS else ""

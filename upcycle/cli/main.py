@@ -10,7 +10,7 @@ from inspect import cleandoc
 
 import click
 
-from upcycle.cli.shared.grouped_help import fitted
+from upcycle.cli.shared.grouped_help import examples_within
 from upcycle.cli.shared.output import (
     flush_streams,
     prepare_streams,
@@ -105,7 +105,7 @@ class _Verbs(click.Group):
         """Write the text, with the examples as wide as the terminal."""
         formatter.write_paragraph()
         with formatter.indentation():
-            formatter.write_text(fitted(cleandoc(self.help or ""), formatter.width - formatter.current_indent))
+            formatter.write_text(examples_within(cleandoc(self.help or ""), formatter.width - formatter.current_indent))
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the verbs, each below what it is for."""

@@ -47,7 +47,7 @@ ARMS: dict[str, tuple[str, dict[str, Any] | None, dict[str, Any], tuple[dict[str
     "remoe": (
         "ReMoE: about 2 of 8 experts",
         {},
-        {"relu_l1": {"experts": 2, "coefficient": 1e-5, "factor": 1.1}},
+        {"relu_l1": {"experts": 2, "coefficient": 1e-2, "factor": 1.1}},
         ({},),
     ),
     "ds_moe": (
@@ -64,6 +64,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=600, help=f"of training, {LENGTH * BATCH} tokens each")
     parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument(
+        "--arms", nargs="+", choices=ARMS, default=list(ARMS), help="which are trained; the dense model is"
+    )
+    parser.add_argument("--coefficient", type=float, default=1e-2, help="of ReMoE's L1 norm at the first step")
     parser.add_argument("--jobs", type=int, default=2, help="training runs at a time, one thread each")
     parser.add_argument("--work", type=Path, help="keep runs here, and continue them")
     parser.add_argument("--out", type=Path)
@@ -74,7 +78,10 @@ def main() -> None:
     data = write_domains(work / "text", texts)
     calibration = {"text": [str(path) for path in sampled(work / "text", texts)], "tokens": 32768, "window": LENGTH}
     runs: dict[str, Mapping[str, Any]] = {}
-    for name, (_, recipe, losses, _) in ARMS.items():
+    arms = {name: arm for name, arm in ARMS.items() if name in {"dense", *options.arms}}
+    for name, (_, recipe, losses, _) in arms.items():
+        if name == "remoe":
+            losses["relu_l1"]["coefficient"] = options.coefficient
         run = training(data, options.steps, options.rate, None)
         run["stages"][0]["losses"] = losses
         if recipe is not None:
@@ -91,7 +98,7 @@ def main() -> None:
     parts = [
         f"The demo model itself: {start:.4f} nats per token. All were trained on {options.steps * LENGTH * BATCH:,} tokens.\n"
     ]
-    for (title, _, _, settings), folder in zip(ARMS.values(), runs, strict=True):
+    for (title, _, _, settings), folder in zip(arms.values(), runs, strict=True):
         points = [measured(work / "runs" / folder / "model", text, setting or None) for setting in settings]
         parts.append(table(title, points, dense).replace("| dense |", "| as trained |"))
     said = "\n".join(parts)

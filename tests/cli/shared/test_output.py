@@ -6,6 +6,7 @@ import ast
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -95,6 +96,25 @@ def test_every_printer_is_tried() -> None:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
     }
     assert public == set(PRINTERS) | SILENT
+
+
+def test_warnings_wrap_by_words_behind_their_tag(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 40 columns, ``warning:`` takes nine: what follows must not be broken within a word."""
+    for variable, value in (("TERM", "xterm"), ("NO_COLOR", "1"), ("COLUMNS", "40")):
+        monkeypatch.setenv(variable, value)
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+    output.warn("expect a drop in quality until the model is healed")
+    output.print_error(UpcycleError("there is no such model in that folder", hint="name another one that is there"))
+    lines = re.sub(r"\x1b\[\d*m", "", shown.getvalue()).splitlines()
+    assert [line.rstrip() for line in lines] == [
+        "warning: expect a drop in quality until",
+        "the model is healed",
+        "error: there is no such model in that",
+        "folder",
+        "",
+        "hint: name another one that is there",
+    ]
 
 
 @pytest.mark.parametrize("name", PRINTERS)

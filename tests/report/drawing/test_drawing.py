@@ -146,3 +146,16 @@ def test_192_experts_in_30_layers_stay_light() -> None:
     for row, layer in zip(values["codes"], routing_data(choices, rows, str)["layers"], strict=True):
         read = [low + CELL_CODES.index(code) / steps * (high - low) for code in row]
         assert read == pytest.approx([min(high, load) for load in layer["load"]], abs=0.51 * (high - low) / steps)
+
+
+def test_series_of_one_point_are_large_dots_away_from_the_frame() -> None:
+    """Models side by side: the cheapest and the dearest would stand on the border."""
+    plot = lines([Series("a", [1.0], [2.0]), Series("b", [3.0], [4.0])], title="t", reading="r", x="x", y="y")
+    places = [float(x) for x in re.findall(r'class="dots lone s\d" d="M([\d.]+) ', str(plot.area))]
+    assert len(places) == 2
+    assert 0 < places[0] < places[1] < 1000
+    assert str(plot.legend).count("dots lone") == 2
+    joined = lines(
+        [Series("a", [1.0, 2.0], [2.0, 3.0]), Series("b", [3.0], [4.0])], title="t", reading="r", x="x", y="y"
+    )
+    assert "lone" not in f"{joined.area}{joined.legend}"

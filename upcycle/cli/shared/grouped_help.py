@@ -26,7 +26,7 @@ OPTION_GROUPS = {
 _EXAMPLE = re.compile(r"^(upcycle .*?\S)  +(\S.*)$", re.MULTILINE)
 
 
-def fitted(text: str, width: int) -> str:
+def examples_within(text: str, width: int) -> str:
     """Return a help text whose examples have what they do beside them, or below them where a line is longer than ``width``."""
     longest = max((len(found[0]) for found in _EXAMPLE.finditer(text)), default=0)
     return text if longest <= width else _EXAMPLE.sub(r"\1\n    \2", text)

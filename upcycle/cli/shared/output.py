@@ -136,10 +136,8 @@ def flush_streams() -> None:
 
 def _print(stream: TextIO, *parts: Text, **how: Any) -> None:
     with _guarded(stream):
-        console = _console(stream)
-        for part in parts[:-1]:
-            console.print(part, end="")
-        console.print(*parts[-1:], **how)
+        # As one text: what is wrapped by words begins behind its tag.
+        _console(stream).print(Text.assemble(*parts), **how)
 
 
 def print_json(data: Any) -> None:

@@ -10,7 +10,7 @@ from upcycle.verification.verdict import unseen_ratio
 
 _LITTLE = 1.02  # ratio of perplexity below which a loss is hardly noticed
 CLOSE = 1.1  # ... up to which little is lost
-KERNELS = {"grouped_mm": "transformers' kernels", "upcycle": "upcycle's"}
+_KERNELS = {"grouped_mm": "transformers' kernels", "upcycle": "upcycle's"}
 
 
 def answers(
@@ -28,6 +28,12 @@ def answers(
     """
     text, command = _next(subject, verdict, problems, sections)
     speed = sections["speed"]
+    if verdict == "dense":
+        command = f"upcycle plan {subject.name} --experts 8"
+        return [
+            {"question": "May I use it?", "text": _use(verdict, problems, sections), "command": ""},
+            {"question": "What next?", "text": "See what converting it would cost:", "command": command},
+        ]
     measure = "" if speed.get("reference") else f"upcycle evaluate {subject.name} --reference PARENT --speed"
     return [
         {"question": "May I use it?", "text": _use(verdict, problems, sections), "command": ""},
@@ -39,6 +45,8 @@ def answers(
 def _use(verdict: str, problems: Sequence[str], sections: Mapping[str, Any]) -> str:
     if verdict == "unfinished":
         return "Not yet: it is not complete."
+    if verdict == "dense":
+        return "It is as it was published: upcycle did not make it, so there is nothing to compare it with."
     if problems:
         return f"No: {problems[0]}."
     loss, trained = _loss(sections), bool(sections["provenance"].get("trained"))
@@ -79,7 +87,7 @@ def _speed(subject: Subject, speed: Mapping[str, Any]) -> str:
         if not predicted:
             return "Not known: speed was not measured."
         times_of = "; ".join(
-            f"with {KERNELS.get(kernels, kernels)} {times['prefill']:.2f}x the time to read and {times['decode']:.2f}x to write"
+            f"with {_KERNELS.get(kernels, kernels)} {times['prefill']:.2f}x the time to read and {times['decode']:.2f}x to write"
             for kernels, times in predicted.items()
         )
         return f"Predicted, relative to its parent: {times_of}. Not measured."

@@ -49,6 +49,11 @@ class Subject:
         """Whether upcycle wrote the model."""
         return self.record is not None
 
+    @property
+    def dense(self) -> bool:
+        """Whether it is a dense model that upcycle did not make, with which others are compared."""
+        return not self.ours and bool(self.config) and self.state == "finished" and "expert" not in str(self.config)
+
     @cached_property
     def specs(self) -> Mapping[str, TensorSpec]:
         """Shape and dtype of every tensor, by name.

@@ -17,13 +17,13 @@ _ALIKE = 0.9  # cosine (26 degrees) from which on two router rows nearly always 
 
 
 def summary_data(subject: Subject, sections: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the ``verdict`` of the verification (or ``unverified``, ``unfinished``), its ``explanation``, and more.
+    """Return the ``verdict`` of the verification (or ``dense``, ``unverified``, ``unfinished``), its ``explanation``, and more.
 
     Each of the ``findings`` has a ``level`` and a ``text``; the worst come first. The ``answers`` are those of
     :func:`upcycle.report.data.answers.answers`.
     """
     verification = sections["exactness"].get("verification")
-    verdict = verification["verdict"] if verification else "unverified"
+    verdict = verification["verdict"] if verification else "dense" if subject.dense else "unverified"
     if subject.state == "unfinished":
         verdict = "unfinished"
     findings: list[dict[str, str]] = []
@@ -73,7 +73,7 @@ def _say_state(subject: Subject, sections: Mapping[str, Any], verification: Any,
             )
     elif subject.ours and subject.state == "finished":
         say("caution", "not verified: how equal it is to its dense parent is not known yet")
-    elif not subject.ours:
+    elif not subject.ours and not subject.dense:
         say("caution", "not written by upcycle: how it was made is not known")
     provenance = sections["provenance"]
     if provenance.get("changed"):

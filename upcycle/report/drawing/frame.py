@@ -133,12 +133,11 @@ def number(value: float) -> str:
     return f"{value:,.6g}" if abs(value) < 1e4 else f"{value:,.0f}"
 
 
-def names_legend(names: Sequence[str]) -> Markup:
-    """Return a legend with each series' name beside its stroke; empty for a single series."""
+def names_legend(names: Sequence[str], dots: bool = False) -> Markup:
+    """Return a legend with each series' name beside its stroke, or its dot; empty for a single series."""
     if len(names) < 2:
         return Markup("")
-    template = Markup(
-        '<span><svg class="key" viewBox="0 0 28 8" aria-hidden="true"><path class="line s{}" d="M1 4H27"/></svg>{}</span>'
-    )
-    items = Markup("").join(template.format(i, escape(name)) for i, name in enumerate(names))
+    stroke = Markup('class="dots lone s{}" d="M22 4h0"') if dots else Markup('class="line s{}" d="M1 4H27"')
+    template = Markup('<span><svg class="key" viewBox="0 0 28 8" aria-hidden="true"><path {}/></svg>{}</span>')
+    items = Markup("").join(template.format(stroke.format(i), escape(name)) for i, name in enumerate(names))
     return Markup('<div class="legend">{}</div>').format(items)

@@ -43,7 +43,7 @@ def lines(
     whole: bool = False,
     wide: bool = False,
 ) -> Plot:
-    """Return a plot of the series; lines of few points have a dot at each.
+    """Return a plot of the series; lines of few points have a dot at each, and series of one point are larger dots.
 
     Args:
         series: at most six, which colours and dashes can tell apart.
@@ -60,8 +60,11 @@ def lines(
     every = [point for points in drawn for point in points] or [(0.0, 0.0)]
     ys = [value for _, value in every] + [math.log10(v) if logarithmic else v for v in include]
     x_low, x_high = min(p for p, _ in every), max(p for p, _ in every)
+    lone = all(len(points) <= 1 for points in drawn)  # a dot for each series, and none of them on the frame
     if x_high == x_low:
         x_low, x_high = x_low - 0.5, x_high + 0.5
+    elif lone:
+        x_low, x_high = x_low - 0.06 * (x_high - x_low), x_high + 0.06 * (x_high - x_low)
     y_ticks = _decades(min(ys), max(ys)) if logarithmic else nice_ticks(min(ys), max(ys))
     y_low, y_high = y_ticks[0], y_ticks[-1]
 
@@ -80,7 +83,7 @@ def lines(
         paths.append(Markup('<path class="line s{}" d="M{}"/>').format(i, "L".join(map(spot, points))))
         if len(points) <= 48:
             dots = "".join(f"M{spot(point)}h0" for point in points)
-            paths.append(Markup('<path class="dots s{}" d="{}"/>').format(i, dots))
+            paths.append(Markup('<path class="dots{} s{}" d="{}"/>').format(" lone" if lone else "", i, dots))
     area = Markup('<svg viewBox="0 0 {0} {0}" preserveAspectRatio="none" aria-hidden="true">{1}</svg>').format(
         _SIZE, Markup("").join(paths)
     )
@@ -93,7 +96,7 @@ def lines(
         x=Axis(x, [(place(t, x_low, x_high), number(t)) for t in x_ticks]),
         y=Axis(y, [(place(t, y_low, y_high), label(t)) for t in y_ticks]),
         wide=wide,
-        legend=names_legend([line.name for line in series]),
+        legend=names_legend([line.name for line in series], dots=lone),
         values={
             "kind": "lines",
             "x": x,

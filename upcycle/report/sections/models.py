@@ -21,25 +21,19 @@ def models_view(models: Sequence[Mapping[str, Any]], vocabularies: Sequence[int]
         vocabularies: how many tokens there are in each, without repetitions.
     """
     texts = list(dict.fromkeys(domain["text"] for model in models for domain in model["quality"].get("domains", ())))
-    rows = [_row(model, texts) for model in models]
+    rows = [_row(model, texts, timed=any(map(_times, models))) for model in models]
     plots = [
         plot for plot in (_plot(models, texts, _time, _TIME), _plot(models, texts, _flops, _FLOPS)) if plot is not None
     ]
     about = "All read the same parts of the texts, on which none of them was calibrated where that is known."
     if len(vocabularies) > 1:
         about += " Their vocabularies differ, so their perplexities cannot be compared."
-    about += " Times are relative to each model's own parent."
-    columns = [
-        "model",
-        "verdict",
-        "parameters",
-        "active",
-        "FLOPs per token",
-        "weight files",
-        *texts,
-        "time to read",
-        "to write",
-    ]
+    columns = ["model", "verdict", "parameters", "active", "FLOPs per token", "weight files", *texts]
+    if any(map(_times, models)):
+        about += " Times are relative to each model's own parent."
+        columns += ["time to read", "to write"]
+    else:
+        about += " None was timed (upcycle evaluate MODEL --reference PARENT --speed)."
     told = [
         {
             "name": model["out"],
@@ -57,7 +51,7 @@ _TIME = ("Which loses least for its time?", "time relative to its parent (geomet
 _FLOPS = ("Which loses least for its FLOPs?", "FLOPs per token relative to the first")
 
 
-def _row(model: Mapping[str, Any], texts: Sequence[str]) -> list[str]:
+def _row(model: Mapping[str, Any], texts: Sequence[str], timed: bool) -> list[str]:
     after = model["cost"].get("after")
     cost = ["-"] * 4
     if after:
@@ -65,7 +59,7 @@ def _row(model: Mapping[str, Any], texts: Sequence[str]) -> list[str]:
         cost.append(size(after["bytes"]))
     found = {domain["text"]: said(domain["perplexity"], ".3f") for domain in model["quality"].get("domains", ())}
     times = _times(model)
-    shown = [f"{time:.2f}x" for time in times] if times else ["-", "-"]
+    shown = [f"{time:.2f}x" for time in times] if times else ["-", "-"] if timed else []
     return [model["out"], model["summary"]["verdict"], *cost, *(found.get(text, "-") for text in texts), *shown]
 
 

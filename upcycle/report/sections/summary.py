@@ -13,6 +13,7 @@ VERDICTS = {
     "exact": "the same function as its dense parent",
     "approximate": "not the same function as its dense parent",
     "broken": "the conversion did not keep its promise",
+    "dense": "not converted: others are compared with it",
     "unverified": "not compared with its dense parent by upcycle",
     "unfinished": "not a complete model yet",
 }

@@ -55,7 +55,7 @@ class TopKRule(RouterRule):
     @property
     def says(self) -> str:
         """See :class:`~upcycle.models.own.routing.base.RouterRule`."""
-        return f"the {self.top_k} with the largest logits"
+        return "the one with the largest logit" if self.top_k == 1 else f"the {self.top_k} with the largest logits"
 
     def check(self, experts: int) -> str | None:
         """See :class:`~upcycle.models.own.routing.base.RouterRule`."""
