@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from picture_chats import chats, pictured_llava
-from training_runs import recipe_for, run, steps
+from picture_chats import chats, draw, pictured, pictured_llava
+from training_runs import on_ranks, recipe_for, run, steps, two_ranks
 
 import upcycle
 from upcycle.errors import UsageError
@@ -43,9 +43,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return chats(tmp_path_factory.mktemp("data"))
 
 
-def recipe(model: Path, folder: Path, data: Path, stage: dict[str, Any], **changes: Any) -> Any:
+def recipe(model: Path, folder: Path, file: Path, stage: dict[str, Any], /, **changes: Any) -> Any:
     """A run of one step over all eight conversations, unless ``changes`` say otherwise."""
-    given = {"domains": {"chat": str(data)}, "chat_template": "turns", "validation": {"fraction": 0.0, "batch": 2}}
+    given = {"domains": {"chat": str(file)}, "chat_template": "turns", "validation": {"fraction": 0.0, "batch": 2}}
     keys = {"length": 64, "global_batch": 8, "micro_batch": 8, "data": {**given, **changes.pop("data", {})}}
     return recipe_for(model, folder, stage={"losses": {}, "steps": 1, **stage}, **{**keys, **changes})
 
@@ -72,7 +72,8 @@ def stock_batches(folder: Path, data: Path) -> list[dict[str, torch.Tensor]]:
 
     processor, batches = AutoProcessor.from_pretrained(folder), []
     for path, asked, said in rows_of(data):
-        prompt = f"User: {asked}\nAssistant:"
+        mark = str(processor.image_token)
+        prompt = f"User: {asked}\nAssistant:".replace("<image>", mark)
         image = {"images": [Image.open(path)], "return_tensors": "pt", "add_special_tokens": False}
         batch = processor(text=[f"{prompt} {said}<|endoftext|>\n"], **image)
         labels = batch["input_ids"].clone()
@@ -103,6 +104,18 @@ def test_the_loss_is_that_of_the_stock_class_with_masked_labels(llava: Path, dat
     expected = stock_loss(llava, data)
     packed = first_step(llava, tmp_path, data, {}, length=WIDE, micro_batch=2)
     assert packed["loss"] == pytest.approx(expected, rel=ROUNDING)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("wrapper", ["llava_next", "idefics3", "mistral3"])
+def test_images_of_other_sizes_in_models_of_other_classes(wrapper: str, tmp_path: Path) -> None:
+    """Tiles, marks around images, and as many tokens as an image's size asks for; two images of unequal sizes in a pass."""
+    folder, data = pictured(tmp_path / wrapper, wrapper), chats(tmp_path / "data", 4)
+    for number, size in enumerate([(16, 16), (32, 16), (24, 32), (20, 28)]):
+        draw(data.parent / "images", f"{number}.png", (200, 40 * number, 30), size)
+    expected = stock_loss(folder, data)
+    keys: dict[str, Any] = {"length": 256, "global_batch": 4, "micro_batch": 2, "data": {"packing": "alone"}}
+    assert first_step(folder, tmp_path, data, {}, **keys)["loss"] == pytest.approx(expected, rel=ROUNDING)
 
 
 def test_experts_that_are_copies_begin_with_the_dense_loss_and_balance_each_part_by_its_formula(
@@ -219,7 +232,7 @@ def test_an_image_that_cannot_be_read_is_found_before_the_first_step(llava: Path
     (row,) = shown_rows(recipe(llava, tmp_path, mine, {}, data={"broken_lines": "skip"}), 1, said.append)
     assert any("1 rows that cannot be read are left out" in line and "2.png" in line for line in said), said
     assert any("7 images, whose headers were read" in line for line in said), said
-    assert row.documents[0][0].text.count("<image>") == 16
+    assert row.documents[0][0].text.startswith("User: <image> (x 16)\nWhat is picture")
     assert not row.documents[0][0].learned
 
 
@@ -275,3 +288,23 @@ def test_what_does_not_go_with_images_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match=why):
         run(recipe(llava, tmp_path, data, stage, **changes))
+
+
+@pytest.mark.slow
+def test_two_ranks_of_which_one_has_no_image_take_the_steps_of_one(moe: Path, data: Path, tmp_path: Path) -> None:
+    """Ranks add up gradients of encoder and connector, which a rank whose rows are all text does not run."""
+    text = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}
+    rows = [
+        json.loads(line) | {"image": str(path)} for line, (path, *_) in zip(data.open(), rows_of(data), strict=True)
+    ]
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text("".join(json.dumps(row) + "\n" for row in [rows[0], text | {"id": 1}, rows[1], text | {"id": 2}]))
+    stage = {"steps": 3, "tower_losses": {"vision": {"switch_balance": {}}}}
+    keys: dict[str, Any] = {"global_batch": 2, "micro_batch": 1, "data": {"packing": "alone"}}
+    alone = recipe(moe, tmp_path / "one", mixed, stage, **keys)
+    run(alone)
+    both = two_ranks(alone, tmp_path / "two", zero={"stage": 2})
+    on_ranks(both, 2)
+    for key in ("loss", "loss/vision.switch_balance", "gradient_norm"):
+        wanted = [line[key] for line in steps(alone)]
+        assert [line[key] for line in steps(both)] == [pytest.approx(value, rel=1e-4) for value in wanted]
