@@ -204,9 +204,10 @@ def _own_places(model: nn.Module) -> list[RouterPlace]:
     for place, (name, block) in enumerate(blocks):
         layer = places.layer_of(f"{name}.") if places is not None else None
         found.append(RouterPlace(_number(name, place) if layer is None else layer, block, block.router, ()))
-    if reads_images(model):  # parts have layers of the same numbers
-        pairs = zip(blocks, found, strict=True)
-        found = [replace(each, index=n, part=part_name(model, pair[0])) for n, (pair, each) in enumerate(pairs)]
+    of_parts = [part_name(model, name) for name, _ in blocks] if reads_images(model) else []
+    if set(of_parts) - {"language"}:  # parts have layers of the same numbers
+        pairs = zip(of_parts, found, strict=True)
+        found = [replace(each, index=number, part=part) for number, (part, each) in enumerate(pairs)]
     return found
 
 
