@@ -155,7 +155,8 @@ class HubCorpus(Corpus):
     def __init__(self, name: str, reading: Reading, revision: str | None, size: int) -> None:
         if reading.images == "yes":
             raise UsageError(
-                f"{name} is a hub dataset, of which images are not read", hint="save it as files of rows and images, and name these"
+                f"{name} is a hub dataset, of which images are not read",
+                hint="save it as files of rows and images, and name these",
             )
         reading = replace(reading, images="no")
         # What rows hold must be known before any is read, because a run may continue from its cache without a network.
