@@ -336,6 +336,7 @@ def said(model: Any, data: Path) -> list[float]:
     return found
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     ("changes", "stage", "why"),
     [
