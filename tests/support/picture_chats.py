@@ -51,3 +51,34 @@ def chats(folder: Path, count: int = 8) -> Path:
     path = folder / "chats.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def pictured(folder: Path, wrapper: str) -> Path:
+    """A random LLaVA-NeXT or Idefics3, with the processor that its class has."""
+    import transformers
+
+    folder.mkdir(parents=True, exist_ok=True)
+    make_tower(folder, wrapper, "llama", vocab_size=4104)
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
+    names = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": names})
+    square = {"height": SIZE, "width": SIZE}
+    if wrapper == "llava_next":
+        pinpoints = [[16, 32], [32, 16], [32, 32]]
+        images = transformers.LlavaNextImageProcessorPil(
+            size={"shortest_edge": SIZE}, crop_size=square, image_grid_pinpoints=pinpoints
+        )
+        keys = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+        processor: Any = transformers.LlavaNextProcessor(image_processor=images, tokenizer=tokenizer, **keys)
+    else:
+        images = transformers.Idefics3ImageProcessorPil(
+            size={"longest_edge": SIZE}, max_image_size={"longest_edge": SIZE}, do_image_splitting=False
+        )
+        processor = transformers.Idefics3Processor(image_processor=images, tokenizer=tokenizer, image_seq_len=4)
+    processor.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("image_token_index", None)
+    (folder / "config.json").write_text(
+        json.dumps(config | {"image_token_id": tokenizer.convert_tokens_to_ids("<image>")})
+    )
+    return folder

@@ -26,6 +26,7 @@ from upcycle.trainers.checkpoints.write import CONVERSION
 from upcycle.trainers.routing.neuron_records import replace_activations
 
 _CONVERSION_FILES = ("upcycle.json", "recipe.yaml", LOCAL_FILE)
+_ALIGNMENT = 64  # bytes
 STORED_FILE = "stored.json"  # how the trained model's weights are to be stored when they are exported
 
 
@@ -42,11 +43,22 @@ def prepare_model(model: Any, *, checkpointing: bool, activation: str | None, wh
                 hint="replace them before it is converted",
             )
         replace_activations(model, activation)
+    _align(model)
     settings = {"use_reentrant": False}  # reentrant, it would hide routers from every loss
     if checkpointing and hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
     elif checkpointing:  # its name before transformers 5.23
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+
+
+def _align(model: Any) -> None:
+    """Move weights that lie in a mapped file to memory that begins at a multiple of 64 bytes, as all other tensors do.
+
+    MKL may round a product otherwise where a matrix begins elsewhere, and a run that is continued reads its weights from another file.
+    """
+    for weight in model.parameters():
+        if weight.device.type == "cpu" and weight.data_ptr() % _ALIGNMENT:
+            weight.data = weight.data.clone()
 
 
 def parent_folder(named: str, model: Path, key: str = "distillation.parent", instead: str | None = None) -> Path:

@@ -153,6 +153,12 @@ class HubCorpus(Corpus):
     shards = None
 
     def __init__(self, name: str, reading: Reading, revision: str | None, size: int) -> None:
+        if reading.images == "yes":
+            raise UsageError(
+                f"{name} is a hub dataset, of which images are not read",
+                hint="save it as files of rows and images, and name these",
+            )
+        reading = replace(reading, images="no")
         # What rows hold must be known before any is read, because a run may continue from its cache without a network.
         kind: RowKind = "chat" if reading.column in CHATS else "text"
         if reading.response is not None:

@@ -30,7 +30,7 @@ def open_domain(data: DataRecipe, domain: DomainRecipe, pictures: Pictures | Non
     return _opened(data, domain, domain.text, domain.revision, pictures)
 
 
-def reads_images(data: DataRecipe, pictures: Pictures | None) -> bool:
+def data_have_images(data: DataRecipe, pictures: Pictures | None) -> bool:
     """Whether a domain has images, and the model reads them.
 
     Raises:

@@ -42,7 +42,7 @@ def packed_forward(model: Any, batch: PackedBatch, last: int = 0) -> Any:
     some: dict[str, Any] = {"logits_to_keep": last} if last else {}
     stock = getattr(model, "module", model)
     if batch.pictures is not None:
-        some |= read_images(stock, batch.loaded().pictures)
+        some |= media_arguments(stock, batch.loaded().pictures)
         if batch.pictures.source.whole_rows:
             typed = batch.pictures.source.types(batch.ids)
             return model(input_ids=batch.ids, attention_mask=batch.real.long(), use_cache=False, **typed, **some)
@@ -54,7 +54,7 @@ def packed_forward(model: Any, batch: PackedBatch, last: int = 0) -> Any:
     return model(input_ids=batch.ids, position_ids=positions, use_cache=False, **some)
 
 
-def read_images(model: Any, pictures: BatchPictures | None) -> dict[str, Any]:
+def media_arguments(model: Any, pictures: BatchPictures | None) -> dict[str, Any]:
     """What a stock model reads of the images of a batch, by argument, in its dtype."""
     media = pictures.media if pictures is not None else None
     return {

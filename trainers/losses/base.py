@@ -17,7 +17,7 @@ from upcycle.errors import UsageError
 from upcycle.plugins import PluginParameters
 from upcycle.registry import load
 from upcycle.trainers.distributed.reduction import ALONE, NamedSums, Reduction
-from upcycle.trainers.routing.all_parts import Part
+from upcycle.trainers.routing.all_parts import ModelPart
 
 LayerRecord: TypeAlias = Any  # a RouterRecord or an ActivationRecord of one layer, as the loss `reads`
 
@@ -83,7 +83,7 @@ class Loss(ABC):
     reads: ClassVar[Literal["router", "activations"]] = "router"
     Parameters: ClassVar[type[LossParameters]] = LossParameters
 
-    def __init__(self, parameters: LossParameters, part: Part = "language") -> None:
+    def __init__(self, parameters: LossParameters, part: ModelPart = "language") -> None:
         self.parameters, self.part = parameters, part
 
     @property
@@ -146,7 +146,7 @@ class LossTerm:
         return self.loss.label
 
 
-def make_losses(named: Mapping[str, Mapping[str, Any]], part: Part = "language") -> list[Loss]:
+def make_losses(named: Mapping[str, Mapping[str, Any]], part: ModelPart = "language") -> list[Loss]:
     """Make losses of the routers of one part of the model from their names and parameters, as a recipe gives them.
 
     Raises:

@@ -12,7 +12,7 @@ from upcycle.errors import UsageError
 from upcycle.models.own.routing.relu import ReluRule
 from upcycle.trainers.distributed.reduction import counted, token_count
 from upcycle.trainers.losses.base import Loss, LossParameters
-from upcycle.trainers.routing.all_parts import Part
+from upcycle.trainers.routing.all_parts import ModelPart
 from upcycle.trainers.routing.router_records import RouterRecord
 from upcycle.trainers.routing.varying_rules import VaryingRule
 
@@ -44,7 +44,7 @@ class ReluL1(Loss):
     Parameters = ReluL1Parameters
     parameters: ReluL1Parameters
 
-    def __init__(self, parameters: ReluL1Parameters, part: Part = "language") -> None:
+    def __init__(self, parameters: ReluL1Parameters, part: ModelPart = "language") -> None:
         super().__init__(parameters, part)
         self._coefficient = parameters.coefficient
         self._observed: list[torch.Tensor] = []  # [r > 0, tokens] of every layer and pass since the last step

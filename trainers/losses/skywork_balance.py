@@ -11,7 +11,7 @@ from pydantic import Field
 from upcycle.errors import UsageError
 from upcycle.trainers.distributed.reduction import counted, token_count
 from upcycle.trainers.losses.base import Loss, LossParameters
-from upcycle.trainers.routing.all_parts import Part
+from upcycle.trainers.routing.all_parts import ModelPart
 from upcycle.trainers.routing.router_records import RouterRecord
 
 
@@ -42,7 +42,7 @@ class SkyworkBalance(Loss):
     Parameters = SkyworkBalanceParameters
     parameters: SkyworkBalanceParameters
 
-    def __init__(self, parameters: SkyworkBalanceParameters, part: Part = "language") -> None:
+    def __init__(self, parameters: SkyworkBalanceParameters, part: ModelPart = "language") -> None:
         super().__init__(parameters, part)
         self._coefficients: dict[int, float] = {}
         self._observed: dict[int, list[torch.Tensor]] = {}  # [dropped, choices] of every pass since the last step

@@ -15,7 +15,7 @@ from upcycle.adapters.live import adapter_of, parameter_of
 from upcycle.errors import UsageError
 from upcycle.trainers.distributed.gathering import shape_of
 from upcycle.trainers.recipe.part_recipes import GroupParameters
-from upcycle.trainers.routing.all_parts import PART_NAMES, part_of, reads_images
+from upcycle.trainers.routing.all_parts import PART_NAMES, part_name, reads_images
 from upcycle.trainers.routing.stock_routers import find_routers, moe_layers, read_by_text, selection_bias
 
 ParameterPart = Literal["router", "experts", "rest"]
@@ -85,7 +85,7 @@ def select(model: nn.Module, trained: Sequence[str]) -> dict[str, ParameterPart]
     words: dict[str, set[str]] = {name: {"all", belongs[name]} for name in named}
     if reads_images(model):
         for name, some in words.items():
-            part = part_of(model, name)
+            part = part_name(model, name)
             some |= {part, f"{part}.{belongs[name]}"}
     chosen: set[str] = set()
     for word in trained:

@@ -19,7 +19,7 @@ class PlacedPicture(NamedTuple):
     end: int
 
 
-class Span(NamedTuple):
+class LostSpan(NamedTuple):
     """Positions ``start`` to ``end - 1`` of a row."""
 
     row: int
@@ -38,7 +38,7 @@ class BatchPictures:
     rows: tuple[tuple[PlacedPicture, ...], ...]
     media: Mapping[str, torch.Tensor] | None = None
 
-    def loaded(self) -> tuple[BatchPictures, list[Span]]:
+    def loaded(self) -> tuple[BatchPictures, list[LostSpan]]:
         """Return the same with all images read, and the examples of those that cannot be.
 
         Raises:
@@ -46,7 +46,7 @@ class BatchPictures:
         """
         placed = [(number, each) for number, row in enumerate(self.rows) for each in row]
         media, lost = self.source.media([each.picture for _, each in placed]) if placed else ({}, [])
-        spans = [Span(placed[place][0], placed[place][1].start, placed[place][1].end) for place in lost]
+        spans = [LostSpan(placed[place][0], placed[place][1].start, placed[place][1].end) for place in lost]
         return replace(self, media=media), spans
 
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> BatchPictures:

@@ -9,8 +9,8 @@ from upcycle.architectures.towers.part_places import is_connector
 from upcycle.files.formats.settings import base_type
 from upcycle.registry import find
 
-Part: TypeAlias = Literal["language", "vision", "connector"]
-PART_NAMES: tuple[Part, ...] = ("language", "vision", "connector")
+ModelPart: TypeAlias = Literal["language", "vision", "connector"]
+PART_NAMES: tuple[ModelPart, ...] = ("language", "vision", "connector")
 _MARK = "_upcycle_reads_images"
 
 
@@ -24,7 +24,7 @@ def reads_images(model: Any) -> bool:
     return bool(getattr(model, _MARK, False))
 
 
-def part_of(model: Any, name: str) -> Part:
+def part_name(model: Any, name: str) -> ModelPart:
     """Return the part that a module or parameter of a model is in, by its name; of a model without parts ``language``."""
     if find("wrapper", base_type(model.config)) is None or module_paths_of(model.config).has(name):
         return "language"

@@ -12,7 +12,7 @@ from torch import nn
 
 from upcycle.models.own.moe_block import MoeBlock
 from upcycle.trainers.distributed.expert_parallel import is_parallel, read_router
-from upcycle.trainers.routing.all_parts import Part
+from upcycle.trainers.routing.all_parts import ModelPart
 from upcycle.trainers.routing.recorder import Recorded, Recorder
 from upcycle.trainers.routing.router_control import Noise, RouterControl
 from upcycle.trainers.routing.routing_rule import RoutingRule, widened
@@ -38,7 +38,7 @@ class RouterRecord:
     noise: Noise | None = None
     kept: torch.Tensor | None = None
     skipped: torch.Tensor | None = None
-    part: Part = "language"
+    part: ModelPart = "language"
     own_real: torch.Tensor | None = None
 
     def real(self, of_rows: torch.Tensor | None) -> torch.Tensor | None:

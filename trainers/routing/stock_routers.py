@@ -24,7 +24,7 @@ from upcycle.models.own.routing.tempered import TemperedRule
 from upcycle.models.own.routing.top_k import TopKRule
 from upcycle.registry import find
 from upcycle.trainers.distributed.expert_parallel import is_parallel
-from upcycle.trainers.routing.all_parts import Part, part_of, reads_images
+from upcycle.trainers.routing.all_parts import ModelPart, part_name, reads_images
 from upcycle.trainers.routing.routing_rule import RoutingRule
 from upcycle.trainers.routing.varying_rules import varying_rule
 
@@ -46,7 +46,7 @@ class RouterPlace:
     block: nn.Module
     router: nn.Module
     beside: tuple[nn.Module, ...]
-    part: Part = field(default="language", kw_only=True)
+    part: ModelPart = field(default="language", kw_only=True)
 
     @property
     def parallel(self) -> bool:
@@ -206,9 +206,10 @@ def _own_places(model: nn.Module) -> list[RouterPlace]:
     for place, (name, block) in enumerate(blocks):
         layer = places.layer_of(f"{name}.") if places is not None else None
         found.append(RouterPlace(_number(name, place) if layer is None else layer, block, block.router, ()))
-    if reads_images(model):  # parts have layers of the same numbers
-        pairs = zip(blocks, found, strict=True)
-        found = [replace(each, index=n, part=part_of(model, pair[0])) for n, (pair, each) in enumerate(pairs)]
+    of_parts = [part_name(model, name) for name, _ in blocks] if reads_images(model) else []
+    if set(of_parts) - {"language"}:  # parts have layers of the same numbers
+        pairs = zip(of_parts, found, strict=True)
+        found = [replace(each, index=number, part=part) for number, (part, each) in enumerate(pairs)]
     return found
 
 

@@ -21,7 +21,7 @@ _RUN = (
     "timeout", "saving.*", "log.*", "alarms.*", "bad_steps", "clip", "dense_states",
 )  # fmt: skip
 # Of the data: how much held-out text is read, but not which documents are held out.
-_DATA = ("data.cache", "data.validation.tokens", "data.validation.batch")
+_DATA = ("data.cache", "data.bad_images", "data.validation.tokens", "data.validation.batch")
 # Of a stage: how large the steps are, and what is added to the loss.
 _STAGE = (
     "name", "learning_rate", "rates", "rates.*", "weight_decay", "router_weight_decay", "schedule.*", "preset", "preset.*",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -75,7 +76,19 @@ def shown_rows(recipe: TrainRecipe, count: int, say: Callable[[str], None]) -> l
     batch = stream.next_batch()
     learned = batch.mask if batch.compared is None else batch.mask | batch.compared
     rows = zip(batch.domains, batch.ids, learned, batch.positions, batch.real, strict=True)
-    return [_row(tokenizer, *row) for row in rows]
+    found = [_row(tokenizer, *row) for row in rows]
+    return [_shorter(row, pictures.token) for row in found] if pictures and batch.pictures else found
+
+
+def _shorter(row: ShownRow, token: str) -> ShownRow:
+    """The same row with the tokens of an image counted, and not repeated."""
+    many = re.compile(f"(?:{re.escape(token)}){{2,}}")
+
+    def counted(part: ShownPart) -> ShownPart:
+        text = many.sub(lambda found: f"{token} (x {len(found[0]) // len(token)})", part.text)
+        return replace(part, text=text)
+
+    return replace(row, documents=[list(map(counted, document)) for document in row.documents])
 
 
 def _row(

@@ -29,7 +29,7 @@ from upcycle.trainers.checkpoints.prepare_model import (
 from upcycle.trainers.checkpoints.read import SavedRun
 from upcycle.trainers.checkpoints.whole_tensors import WholeTensors
 from upcycle.trainers.data.batches import TokenStream, open_stream, open_validation
-from upcycle.trainers.data.open_domain import reads_images
+from upcycle.trainers.data.open_domain import data_have_images
 from upcycle.trainers.data.packed_attention import check_fits, packing_leak
 from upcycle.trainers.distillation.expert_targets import recorded_scale
 from upcycle.trainers.distillation.frozen_shards import load_parent
@@ -223,7 +223,7 @@ class Stage:
 
     def _show(self, data: DataRecipe, pictures: Pictures | None) -> None:
         """Let every part of the model train, if the data have images."""
-        if pictures is not None and reads_images(data, pictures):
+        if pictures is not None and data_have_images(data, pictures):
             check_images(self.recipe, self.stage_recipe)
             pictures.most_bad = data.bad_images
             train_all_parts(self.model)

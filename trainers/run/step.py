@@ -34,7 +34,7 @@ from upcycle.trainers.losses.next_token import token_losses
 from upcycle.trainers.losses.survey import Survey, needed
 from upcycle.trainers.recipe.part_recipes import ControlParameters
 from upcycle.trainers.recipe.training_recipe import StageRecipe
-from upcycle.trainers.routing.all_parts import part_of, reads_images
+from upcycle.trainers.routing.all_parts import part_name, reads_images
 from upcycle.trainers.routing.bias_balance import BiasBalance
 from upcycle.trainers.routing.neuron_records import ActivationRecord, capture_activations
 from upcycle.trainers.routing.recorder import Recorder
@@ -100,7 +100,7 @@ class Stepper:
         routed = bool(self._layers)
         self._check_routed()
         if reads_images(self.model):
-            self._towers = [p for name, p in self.model.named_parameters() if part_of(self.model, name) != "language"]
+            self._towers = [p for name, p in self.model.named_parameters() if part_name(self.model, name) != "language"]
         if routed and "activations" in reads:
             names = ", ".join(loss.name for loss in self.losses if loss.reads == "activations")
             raise UsageError(

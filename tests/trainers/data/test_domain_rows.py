@@ -112,7 +112,7 @@ def test_held_out_documents_are_in_no_row(opened: Opened) -> None:
 
 def test_a_row_says_where_its_documents_begin(opened: Opened) -> None:
     domain = opened(Numbers())
-    ids, positions, targets, _ = domain.row(domain.skip(Cursor(), 3))
+    ids, positions, targets, *_ = domain.row(domain.skip(Cursor(), 3))
     for at in range(1, LENGTH):
         assert (positions[at] == 0) == (ids[at] != ids[at - 1])
         assert targets[at] == (ids[at] == ids[at - 1] != 0)

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from picture_chats import chats, pictured_llava
-from training_runs import recipe_for, run, steps
+from picture_chats import chats, draw, pictured, pictured_llava
+from safetensors.torch import load_file, save_file
+from training_runs import on_ranks, recipe_for, run, steps, two_ranks
 
 import upcycle
 from upcycle.errors import UsageError
@@ -43,9 +44,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return chats(tmp_path_factory.mktemp("data"))
 
 
-def recipe(model: Path, folder: Path, data: Path, stage: dict[str, Any], **changes: Any) -> Any:
+def recipe(model: Path, folder: Path, file: Path, stage: dict[str, Any], /, **changes: Any) -> Any:
     """A run of one step over all eight conversations, unless ``changes`` say otherwise."""
-    given = {"domains": {"chat": str(data)}, "chat_template": "turns", "validation": {"fraction": 0.0, "batch": 2}}
+    given = {"domains": {"chat": str(file)}, "chat_template": "turns", "validation": {"fraction": 0.0, "batch": 2}}
     keys = {"length": 64, "global_batch": 8, "micro_batch": 8, "data": {**given, **changes.pop("data", {})}}
     return recipe_for(model, folder, stage={"losses": {}, "steps": 1, **stage}, **{**keys, **changes})
 
@@ -72,7 +73,8 @@ def stock_batches(folder: Path, data: Path) -> list[dict[str, torch.Tensor]]:
 
     processor, batches = AutoProcessor.from_pretrained(folder), []
     for path, asked, said in rows_of(data):
-        prompt = f"User: {asked}\nAssistant:"
+        mark = str(processor.image_token)
+        prompt = f"User: {asked}\nAssistant:".replace("<image>", mark)
         image = {"images": [Image.open(path)], "return_tensors": "pt", "add_special_tokens": False}
         batch = processor(text=[f"{prompt} {said}<|endoftext|>\n"], **image)
         labels = batch["input_ids"].clone()
@@ -103,6 +105,18 @@ def test_the_loss_is_that_of_the_stock_class_with_masked_labels(llava: Path, dat
     expected = stock_loss(llava, data)
     packed = first_step(llava, tmp_path, data, {}, length=WIDE, micro_batch=2)
     assert packed["loss"] == pytest.approx(expected, rel=ROUNDING)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("wrapper", ["llava_next", "idefics3"])
+def test_images_of_other_sizes_in_models_of_other_classes(wrapper: str, tmp_path: Path) -> None:
+    """Tiles, marks around images, and as many tokens as an image's size asks for; two images of unequal sizes in a pass."""
+    folder, data = pictured(tmp_path / wrapper, wrapper), chats(tmp_path / "data", 4)
+    for number, size in enumerate([(16, 16), (32, 16), (24, 32), (20, 28)]):
+        draw(data.parent / "images", f"{number}.png", (200, 40 * number, 30), size)
+    expected = stock_loss(folder, data)
+    keys: dict[str, Any] = {"length": 256, "global_batch": 4, "micro_batch": 2, "data": {"packing": "alone"}}
+    assert first_step(folder, tmp_path, data, {}, **keys)["loss"] == pytest.approx(expected, rel=ROUNDING)
 
 
 def test_experts_that_are_copies_begin_with_the_dense_loss_and_balance_each_part_by_its_formula(
@@ -219,7 +233,7 @@ def test_an_image_that_cannot_be_read_is_found_before_the_first_step(llava: Path
     (row,) = shown_rows(recipe(llava, tmp_path, mine, {}, data={"broken_lines": "skip"}), 1, said.append)
     assert any("1 rows that cannot be read are left out" in line and "2.png" in line for line in said), said
     assert any("7 images, whose headers were read" in line for line in said), said
-    assert row.documents[0][0].text.count("<image>") == 16
+    assert row.documents[0][0].text.startswith("User: <image> (x 16)\nWhat is picture")
     assert not row.documents[0][0].learned
 
 
@@ -242,25 +256,87 @@ def test_a_continued_run_is_the_uninterrupted_one_bit_for_bit(moe: Path, data: P
     assert first.state["files"] == second.state["files"]
 
 
-@pytest.mark.long
-def test_mimicry_and_preference_begin_where_the_student_is_its_parent(
-    llava: Path, moe: Path, data: Path, tmp_path: Path
-) -> None:
-    """KL of copies from their parent is 0, and a pair's loss is log 2: both read the image."""
-    mimic = {"distillation": {"parent": str(llava), "logits": 1.0, "next_token": 0.0}}
-    assert abs(first_step(moe, tmp_path / "a", data, mimic)["loss/kl"]) < 1e-5
+@pytest.fixture(scope="module")
+def teacher(llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model with other logits."""
+    folder = tmp_path_factory.mktemp("teacher") / "model"
+    shutil.copytree(llava, folder)
+    tensors = load_file(folder / "model.safetensors")
+    (head,) = (name for name in tensors if name.endswith("lm_head.weight"))
+    tensors[head] *= 1.5
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def pairs_of(data: Path, folder: Path) -> Path:
+    """A right and a wrong answer about every image."""
     rows = [
         {"image": str(path), "prompt": asked, "chosen": said, "rejected": "It is black."}
         for path, asked, said in rows_of(data)
     ]
-    pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    domain = {"prefer": {"text": str(pairs), "prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}}
-    prefer = {"distillation": {"parent": str(llava), "logits": 0.0, "next_token": 0.0, "preference": 1.0}}
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+PREFER: dict[str, Any] = {"logits": 0.0, "next_token": 0.0, "preference": 1.0, "beta": 0.5}
+PAIRS = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
+
+
+@pytest.mark.long
+def test_copies_mimic_their_parent_from_the_start_and_prefer_nothing_over_it(
+    llava: Path, moe: Path, data: Path, tmp_path: Path
+) -> None:
+    """KL of copies from what they are copies of is 0, and a pair's loss is log 2: both read the image."""
+    mimic = {"distillation": {"parent": str(llava), "logits": 1.0, "next_token": 0.0}}
+    assert abs(first_step(moe, tmp_path / "a", data, mimic)["loss/kl"]) < 1e-5
+    domain = {"prefer": {"text": str(pairs_of(data, tmp_path)), **PAIRS}}
+    prefer = {"distillation": {"parent": str(llava), **PREFER}}
     line = first_step(moe, tmp_path / "b", data, prefer, length=WIDE, data={"domains": domain})
     assert line["loss/preference"] == pytest.approx(math.log(2), abs=1e-5)
 
 
+@pytest.mark.long
+def test_mimicry_and_preference_are_the_papers_formulas(llava: Path, teacher: Path, data: Path, tmp_path: Path) -> None:
+    """LLaVA-MoD's losses in fp64, of stock classes on what the stock processor makes of each conversation."""
+    mimic = {"distillation": {"parent": str(teacher), "logits": 1.0, "next_token": 0.0}}
+    found = first_step(llava, tmp_path / "a", data, mimic)["loss/kl"]
+    student, parent, nats, count = stock(llava), stock(teacher), 0.0, 0
+    for batch in stock_batches(llava, data):
+        labels = batch.pop("labels")
+        with torch.no_grad():
+            q, p = (model(**batch).logits.log_softmax(-1)[0, :-1] for model in (student, parent))
+        learned = labels[0, 1:] != -100
+        nats += float((p.exp() * (p - q)).sum(-1)[learned].sum())
+        count += int(learned.sum())
+    assert found == pytest.approx(nats / count, rel=1e-4)
+    domain = {"prefer": {"text": str(pairs_of(data, tmp_path)), **PAIRS}}
+    prefer = {"distillation": {"parent": str(teacher), **PREFER}}
+    found = first_step(llava, tmp_path / "b", data, prefer, length=WIDE, data={"domains": domain})["loss/preference"]
+    worse = data.parent / "worse.jsonl"
+    rows = [json.loads(line) for line in data.open()]
+    for row in rows:
+        row["conversations"][1]["value"] = "It is black."
+    worse.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sides = [said(model, file) for model in (student, parent) for file in (data, worse)]
+    margins = [(sw - tw) - (sl - tl) for sw, sl, tw, tl in zip(*sides, strict=True)]
+    wanted = sum(-math.log(1 / (1 + math.exp(-0.5 * margin))) for margin in margins) / len(margins)
+    assert found == pytest.approx(wanted, rel=1e-4)
+
+
+@torch.no_grad()
+def said(model: Any, data: Path) -> list[float]:
+    """The log probability of every answer."""
+    found = []
+    for batch in stock_batches(Path(model.config.name_or_path), data):
+        labels = batch.pop("labels")[0, 1:]
+        chances = model(**batch).logits.log_softmax(-1)[0, :-1]
+        learned = labels != -100
+        found.append(float(chances[learned].gather(1, labels[learned][:, None]).sum()))
+    return found
+
+
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     ("changes", "stage", "why"),
     [
@@ -275,3 +351,23 @@ def test_what_does_not_go_with_images_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match=why):
         run(recipe(llava, tmp_path, data, stage, **changes))
+
+
+@pytest.mark.slow
+def test_two_ranks_of_which_one_has_no_image_take_the_steps_of_one(moe: Path, data: Path, tmp_path: Path) -> None:
+    """Ranks add up gradients of encoder and connector, which a rank whose rows are all text does not run."""
+    text = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}
+    rows = [
+        json.loads(line) | {"image": str(path)} for line, (path, *_) in zip(data.open(), rows_of(data), strict=True)
+    ]
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text("".join(json.dumps(row) + "\n" for row in [rows[0], text | {"id": 1}, rows[1], text | {"id": 2}]))
+    stage = {"steps": 3, "tower_losses": {"vision": {"switch_balance": {}}}}
+    keys: dict[str, Any] = {"global_batch": 2, "micro_batch": 1, "data": {"packing": "alone"}}
+    alone = recipe(moe, tmp_path / "one", mixed, stage, **keys)
+    run(alone)
+    both = two_ranks(alone, tmp_path / "two", zero={"stage": 2})
+    on_ranks(both, 2)
+    for key in ("loss", "loss/vision.switch_balance", "gradient_norm"):
+        wanted = [line[key] for line in steps(alone)]
+        assert [line[key] for line in steps(both)] == [pytest.approx(value, rel=1e-4) for value in wanted]

@@ -54,7 +54,7 @@ class Example:
     @cached_property
     def content(self) -> str:
         """All that it says, as JSON: equal conversations have equal ones, wherever they stand."""
-        rejected = [self.rejected] if self.rejected else []
+        rejected: list[Any] = [self.rejected] if self.rejected else []
         rejected += [self.images] if self.images else []
         # Tables may have times or bytes beside what is said.
         return json.dumps([self.messages, self.tools, self.taught, *rejected], ensure_ascii=False, default=str)
