@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from upcycle.architectures.dense.base import DenseConfig, Family
@@ -118,8 +118,6 @@ class BesideMethod(Growth):
             _, linears = modules[layer]
             found = self.described(tuple(linears), dense.at(layer).hidden_size, dense.vocab_size, experts, top_k)
             alike[found].append(layer)
-        from dataclasses import replace
-
         entries = [
             replace(ffn, paths=tuple(family.replaced_modules(layer) for layer in own)).to_json()
             for ffn, own in alike.items()

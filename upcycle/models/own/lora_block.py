@@ -99,18 +99,17 @@ class LoraExperts(nn.Module):
 
     def __init__(self, ffn: AdaptedFfn, dense: nn.Module) -> None:
         super().__init__()
-        self.count = ffn.experts
+        self.count, self.linears = ffn.experts, ffn.linears
         self.pairs = nn.ModuleDict()
         if not ffn.linears:
             self.pairs[OUTPUT] = LoraPair(ffn, ffn.hidden_size, ffn.hidden_size)
         for path in ffn.linears:
-            linear = _linear(dense, path)
-            pair = LoraPair(ffn, *linear_sizes(linear))
-            self.pairs[path.replace(".", "_")] = pair
-            linear.register_forward_hook(pair.beside)  # a bound method: a copy of the model gets the copied pair's
+            self.pairs[_key(path)] = LoraPair(ffn, *linear_sizes(_linear(dense, path)))
 
     def forward(self, dense: nn.Module, hidden_states: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """Return the FFN's output ``[..., d]`` with what its experts add, by their weights ``[T, E]``."""
+        for path in self.linears:
+            _hook(dense.get_submodule(path), self.pairs[_key(path)])
         for pair in self.pairs.values():
             pair.gates = gates
         out: torch.Tensor = dense(hidden_states)
@@ -152,6 +151,20 @@ class LoraPair(nn.Module):
         inner = inner if self.act is None else self.act(inner)
         weighed = inner * self.gates.repeat_interleave(self.rank, dim=1)
         return output + (self.scale * (weighed @ self.b)).view(output.shape)
+
+
+def _key(path: str) -> str:
+    return path.replace(".", "_")
+
+
+def _hook(linear: nn.Module, pair: LoraPair) -> None:
+    """Let a pair add to what a linear layer puts out, if it does not yet: quantisation, for one, puts another layer in its place.
+
+    What stands around the layer (an adapter of peft) does not count. The hook is a bound method, so that a copy of the model has
+    the copied pair's.
+    """
+    if not any(hook == pair.beside for part in linear.modules() for hook in part._forward_hooks.values()):
+        linear.register_forward_hook(pair.beside)
 
 
 def _linear(dense: nn.Module, path: str) -> nn.Module:
