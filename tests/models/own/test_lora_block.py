@@ -218,6 +218,8 @@ def test_a_folder_and_a_copy_hold_all_of_it(tmp_path: Path) -> None:
         assert torch.equal(again(tokens).logits, expected)
         half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
         assert half.model.instruction_clusters.products.dtype == torch.float32
+        before = half.model.instruction_clusters.products.clone()
+        assert torch.equal(half.bfloat16().model.instruction_clusters.products, before)  # as DeepSpeed casts it
         other = copy.deepcopy(again)
         for pair in other.model.layers[0].mlp.experts.pairs.values():
             pair.b.zero_()

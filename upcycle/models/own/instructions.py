@@ -40,6 +40,14 @@ class InstructionClusters(nn.Module):
         self.products = nn.Buffer(torch.zeros(ffn.vocabulary, ffn.clusters, dtype=torch.float32))
         self.norms = nn.Buffer(torch.zeros(ffn.clusters, dtype=torch.float32))
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Follow the model to another device, but stay in fp32: a model in half precision has the same clusters."""
+        kept = self.products, self.norms
+        super()._apply(fn, recurse)
+        if self.products.dtype != torch.float32:
+            self.products, self.norms = (old.to(self.norms.device) for old in kept)
+        return self
+
     @torch.no_grad()
     def forward(
         self,
