@@ -11,7 +11,7 @@ from torch import nn
 from upcycle.models.own.adapted_ffn import AdaptedFfn
 from upcycle.models.own.lora_block import ClusterRouter, LoraBlock
 
-MODULE = "instruction_clusters"  # of the base model
+CLUSTERS_MODULE = "instruction_clusters"  # of the base model
 _STATE = "instruction_of_upcycle"  # on a cache: what was read of the instruction before
 
 
@@ -106,8 +106,8 @@ def add_clusters(model: Any, ffns: list[AdaptedFfn]) -> None:
     blocks = [one for one in base.modules() if isinstance(one, LoraBlock) and isinstance(one.router, ClusterRouter)]
     if described is None or not blocks:
         return
-    setattr(base, MODULE, InstructionClusters(described))
-    model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), MODULE}
+    setattr(base, CLUSTERS_MODULE, InstructionClusters(described))
+    model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), CLUSTERS_MODULE}
     base.register_forward_pre_hook(_read, with_kwargs=True)
     base.register_forward_hook(_keep, with_kwargs=True)
 
@@ -125,7 +125,7 @@ def _read(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
             real = mask[:, -ids.shape[1] :].bool()
         elif before is None:
             starts = _starts(ids, _argument(base, args, kwargs, "position_ids"))
-        module: Any = getattr(base, MODULE)
+        module: Any = getattr(base, CLUSTERS_MODULE)
         clusters, module.last = module(ids, real, starts, before)
     for block in base.modules():
         if isinstance(block, LoraBlock):
@@ -137,7 +137,7 @@ def _keep(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output
     cache = getattr(output, "past_key_values", None)
     if cache is None:
         cache = _argument(base, args, kwargs, "past_key_values")
-    module: Any = getattr(base, MODULE)
+    module: Any = getattr(base, CLUSTERS_MODULE)
     last, module.last = getattr(module, "last", None), None
     if cache is not None and last is not None:
         setattr(cache, _STATE, last)

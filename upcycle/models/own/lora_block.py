@@ -13,7 +13,7 @@ from upcycle.errors import CheckpointError
 from upcycle.models.own.adapted_ffn import AdaptedFfn
 from upcycle.models.own.moe_block import RoutedBlock, TokenRouter
 
-OUTPUT = "output"  # the name of the experts behind an FFN
+BEHIND_FFN = "output"  # the name of the experts behind an FFN
 
 
 class LoraBlock(RoutedBlock):
@@ -102,7 +102,7 @@ class LoraExperts(nn.Module):
         self.count, self.linears = ffn.experts, ffn.linears
         self.pairs = nn.ModuleDict()
         if not ffn.linears:
-            self.pairs[OUTPUT] = LoraPair(ffn, ffn.hidden_size, ffn.hidden_size)
+            self.pairs[BEHIND_FFN] = LoraPair(ffn, ffn.hidden_size, ffn.hidden_size)
         for path in ffn.linears:
             self.pairs[_key(path)] = LoraPair(ffn, *linear_sizes(_linear(dense, path)))
 
@@ -113,8 +113,8 @@ class LoraExperts(nn.Module):
         for pair in self.pairs.values():
             pair.gates = gates
         out: torch.Tensor = dense(hidden_states)
-        if OUTPUT in self.pairs:
-            out = self.pairs[OUTPUT].beside(dense, (out,), out)
+        if BEHIND_FFN in self.pairs:
+            out = self.pairs[BEHIND_FFN].beside(dense, (out,), out)
         for pair in self.pairs.values():
             pair.gates = None
         return out
@@ -174,12 +174,12 @@ def _linear(dense: nn.Module, path: str) -> nn.Module:
     except (AttributeError, ValueError):
         raise CheckpointError(
             f"config.json: 'adapted_ffns' names the linear layer '{path}', which a {type(dense).__name__} does not have",
-            hint=f"its linear layers: {', '.join(linear_layers(dense)) or 'none'}",
+            hint=f"its linear layers: {', '.join(linears_inside(dense)) or 'none'}",
         ) from None
     return found
 
 
-def linear_layers(dense: nn.Module) -> list[str]:
+def linears_inside(dense: nn.Module) -> list[str]:
     """Return the names of the linear layers inside an FFN."""
     return [name for name, module in dense.named_modules() if name and _is_linear(module)]
 
