@@ -260,8 +260,10 @@ def _new_tensors(ffn: AdaptedFfn, module: Any, block: str, like: str) -> dict[st
 
 
 def _shape(origin: Origin) -> tuple[int, ...]:
-    assert isinstance(origin, MadeTensor) or origin.filled is not None
-    return origin.shape if isinstance(origin, MadeTensor) else origin.filled[0]  # type: ignore[index]
+    if isinstance(origin, MadeTensor):
+        return origin.shape
+    assert origin.filled is not None
+    return origin.filled[0]
 
 
 def _written(family: Family, dense: DenseConfig, stored: Mapping[str, Any]) -> dict[str, Origin]:

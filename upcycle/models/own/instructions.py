@@ -37,8 +37,8 @@ class InstructionClusters(nn.Module):
     def __init__(self, ffn: AdaptedFfn) -> None:
         super().__init__()
         self.length = ffn.instruction
-        self.products = nn.Buffer(torch.zeros(ffn.vocabulary, ffn.clusters, dtype=torch.float32))
-        self.norms = nn.Buffer(torch.zeros(ffn.clusters, dtype=torch.float32))
+        self.products: torch.Tensor = nn.Buffer(torch.zeros(ffn.vocabulary, ffn.clusters, dtype=torch.float32))
+        self.norms: torch.Tensor = nn.Buffer(torch.zeros(ffn.clusters, dtype=torch.float32))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Follow the model to another device, but stay in fp32: a model in half precision has the same clusters."""

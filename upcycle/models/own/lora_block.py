@@ -108,16 +108,22 @@ class LoraExperts(nn.Module):
 
     def forward(self, dense: nn.Module, hidden_states: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """Return the FFN's output ``[..., d]`` with what its experts add, by their weights ``[T, E]``."""
+        pairs = {key: self._pair(key) for key in self.pairs}
         for path in self.linears:
-            _hook(dense.get_submodule(path), self.pairs[_key(path)])
-        for pair in self.pairs.values():
+            _hook(dense.get_submodule(path), pairs[_key(path)])
+        for pair in pairs.values():
             pair.gates = gates
         out: torch.Tensor = dense(hidden_states)
-        if BEHIND_FFN in self.pairs:
-            out = self.pairs[BEHIND_FFN].beside(dense, (out,), out)
-        for pair in self.pairs.values():
+        if BEHIND_FFN in pairs:
+            out = pairs[BEHIND_FFN].beside(dense, (out,), out)
+        for pair in pairs.values():
             pair.gates = None
         return out
+
+    def _pair(self, key: str) -> LoraPair:
+        found = self.pairs[key]
+        assert isinstance(found, LoraPair)
+        return found
 
 
 class LoraPair(nn.Module):
@@ -193,7 +199,8 @@ def linear_sizes(linear: nn.Module) -> tuple[int, int]:
     if not _is_linear(linear):
         raise ValueError(type(linear).__name__)
     weight: Any = linear.weight
-    return (weight.shape[1], weight.shape[0]) if isinstance(linear, nn.Linear) else tuple(weight.shape)  # type: ignore[return-value]
+    first, second = map(int, weight.shape)
+    return (second, first) if isinstance(linear, nn.Linear) else (first, second)
 
 
 def _is_linear(module: nn.Module) -> bool:
