@@ -145,14 +145,7 @@ def test_vllm_writes_what_transformers_writes(name: str, tmp_path: Path) -> None
 def test_experts_of_low_rank_are_refused() -> None:
     from upcycle.models.own.configuration import wrapped_config
 
-    entry = {
-        "paths": [["h.0.mlp"]],
-        "hidden_size": 32,
-        "linears": ["c_fc"],
-        "rank": 2,
-        "experts": 2,
-        "routing": {"rule": "top_k"},
-    }
-    config = wrapped_config({**small_model("gpt2").config.to_dict(), "adapted_ffns": [entry]}, [])
-    config.adapted_ffns = [entry]
+    config = wrapped_config(small_model("gemma2").config, [])
+    assert vllm_plugin.what_prevents(config) is None
+    config.adapted_ffns = [{"paths": [["layers.0.mlp"]]}]
     assert "experts of low rank" in str(vllm_plugin.what_prevents(config))
