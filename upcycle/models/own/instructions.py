@@ -19,7 +19,7 @@ class Instruction(NamedTuple):
     """What was read of the instructions of sequences: the sum of their tokens' products ``[B, C]``, and how many tokens ``[B]``."""
 
     total: torch.Tensor
-    count: torch.Tensor
+    tokens: torch.Tensor
 
 
 class InstructionClusters(nn.Module):
@@ -43,7 +43,7 @@ class InstructionClusters(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Follow the model to another device, but stay in fp32: a model in half precision has the same clusters."""
         kept = self.products, self.norms
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.products.dtype != torch.float32:
             self.products, self.norms = (old.to(self.norms.device) for old in kept)
         return self
@@ -73,7 +73,7 @@ class InstructionClusters(nn.Module):
         count = count - (count - known.long()).gather(1, first)
         whole = first == 0
         if before is not None:
-            count = count + torch.where(whole, before.count.to(ids.device)[:, None], 0)
+            count = count + torch.where(whole, before.tokens.to(ids.device)[:, None], 0)
         taken = known & (count <= self.length)
         products = self.products[ids.clamp(max=len(self.products) - 1)] * taken[..., None]
         total = products.cumsum(1)

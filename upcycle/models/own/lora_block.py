@@ -56,7 +56,7 @@ class LoraBlock(RoutedBlock):
             x, known = self.router.embedded(clusters.clamp(min=0)), clusters >= 0
         logits, weights, ids = self.router(x)
         every = logits.new_zeros(len(logits), self.experts.count + 1)  # the last is for what is no expert
-        found = every.scatter(1, ids, weights.to(every.dtype))[:, :-1]
+        found: torch.Tensor = every.scatter(1, ids, weights.to(every.dtype))[:, :-1]
         if known is not None:
             found = found * known[:, None]
         if self.universal:
