@@ -168,8 +168,8 @@ def test_experts_and_routers_train_while_the_dense_model_stays(name: str, pico: 
     assert verified.promise == "trained"
     assert verified.relative_logit_error > 1e-4
     for command in (
-        ["generate", str(result.model), "the cat", "--max-tokens", "4"],
-        ["evaluate", str(result.model), "--text", "demo", "--tokens", "256"],
+        ["generate", str(result.model), "--prompt", "the cat", "--tokens", "4"],
+        ["evaluate", str(result.model), "--text", "prose", "--window", "64", "--tokens", "256"],
         ["card", str(result.model)],
     ):
         done = CliRunner().invoke(cli, command)

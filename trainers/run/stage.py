@@ -117,8 +117,8 @@ class Stage:
         self._check_taught(divided)
         if stage_recipe.control.dense_gradients and recipe.zero.stage == 3:
             raise UsageError(
-                f"stage '{stage_recipe.name}': control.dense_gradients runs every expert a second time, whose weights "
-                "ZeRO's stage 3 has on other ranks by then",
+                f"stage '{stage_recipe.name}': control.dense_gradients runs every expert a second time, whose weights ZeRO's stage 3 "
+                "has on other ranks by then",
                 hint="set zero.stage below 3",
             )
         if not divided:

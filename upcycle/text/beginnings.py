@@ -33,7 +33,8 @@ def beginnings(wanted: CalibrationRecipe, tokenizer: Any, length: int) -> torch.
         UsageError: a text cannot be read, or lacks the recipe's column, or a conversation has no template.
     """
     most = max(1, wanted.tokens // length)
-    rows, running = [], []
+    rows: list[str] = []
+    running: list[str] = []
     for name in text_names(wanted.texts):
         path = user_path(name)
         of_rows = name not in DEMO_TEXTS and path.is_file() and file_kind(path) != "text"

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -81,7 +82,7 @@ def seconds(control: Mapping[str, Any], start: Path) -> float:
 def loss_after(curve: Curve, tokens: float) -> float:
     """The mean loss after so many tokens, between measurements linearly."""
     points = curve.losses()
-    for (before, above), (after, below) in zip(points, points[1:], strict=False):
+    for (before, above), (after, below) in pairwise(points):
         if tokens <= after:
             return above + (below - above) * max(0.0, tokens - before) / (after - before)
     return points[-1][1]
@@ -114,7 +115,7 @@ def main() -> int:
     times = {arm: seconds(control, start) for arm, control in ARMS.items()}
     total, first = options.steps * LENGTH * BATCH, next(iter(ARMS))
     lines = [
-        f"| gradient of the router | start | after {total:,} tokens | seconds per step | after the time of {total:,} tokens of the first |",
+        f"| gradient of the router | start | after {total:,} tokens | seconds per step | after the first one's time for these |",
         "|---|---:|---:|---:|---:|",
     ]
     for arm in ARMS:
@@ -124,8 +125,8 @@ def main() -> int:
         timed = fmean(loss_after(curve, total * times[first] / times[arm]) for curve in curves)
         lines.append(f"| {arm} | {begin:.4f} | {end:.4f} | {times[arm]:.2f} | {timed:.4f} |")
     text = (
-        f"16 clusters of neurons, 4 per token, {options.steps} steps of {LENGTH * BATCH:,} tokens at a peak rate of {options.rate:g}, seeds "
-        f"{', '.join(map(str, options.seeds))}; nats per token on held-out text, the mean of {' and '.join(KINDS)}.\n\n"
+        f"16 clusters of neurons, 4 per token, {options.steps} steps of {LENGTH * BATCH:,} tokens at a peak rate of {options.rate:g}, "
+        f"seeds {', '.join(map(str, options.seeds))}; nats per token on held-out text, the mean of {' and '.join(KINDS)}.\n\n"
         + "\n".join(lines)
         + "\n"
     )

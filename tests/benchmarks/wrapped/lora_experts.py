@@ -1,9 +1,9 @@
 """LoRA experts and adapters as experts on the demo model, beside one LoRA of as many parameters: equal tokens for all.
 
-New text is prose and code that the demo model has not seen (``growing.py`` says which), half each. The dense model's own weights stay in
-every run. ``one LoRA``: a pair of matrices beside the FFN's linear layers, of a rank that makes as many parameters as MoCLE's experts;
-``MoCLE``: 4 experts of rank 8 and a universal one, by 8 clusters of instructions, or by token; ``PESC``: 8 adapters of 24
-neurons, two per token. ``trained`` are the numbers that train, ``per token`` those of them that a token uses.
+New text is prose and code that the demo model has not seen (``growing.py`` says which), half each. The dense model's own weights
+stay in every run. ``one LoRA``: a pair of matrices beside the FFN's linear layers, of a rank that makes as many parameters as
+MoCLE's experts; ``MoCLE``: 4 experts of rank 8 and a universal one, by 8 clusters of instructions, or by token; ``PESC``: 8 adapters
+of 24 neurons, two per token. ``trained`` are the numbers that train, ``per token`` those that a token uses.
 
     python -P tests/benchmarks/wrapped/lora_experts.py --out docs/measured/lora_experts.md
 """

@@ -218,6 +218,8 @@ def test_a_folder_and_a_copy_hold_all_of_it(tmp_path: Path) -> None:
         assert torch.equal(again(tokens).logits, expected)
         half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
         assert half.model.instruction_clusters.products.dtype == torch.float32
+        before = half.model.instruction_clusters.products.clone()
+        assert torch.equal(half.bfloat16().model.instruction_clusters.products, before)  # as DeepSpeed casts it
         other = copy.deepcopy(again)
         for pair in other.model.layers[0].mlp.experts.pairs.values():
             pair.b.zero_()
@@ -228,6 +230,19 @@ def test_a_folder_and_a_copy_hold_all_of_it(tmp_path: Path) -> None:
     prompt = tokens[:, :8]
     told: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(again.generate(prompt, **told), again.generate(prompt, use_cache=False, **told))
+
+
+def test_a_linear_layer_in_the_place_of_another_has_experts_too() -> None:
+    """As quantisation replaces layers; one that stands around the layer, as peft puts it, is not counted twice."""
+    model, tokens = made(BY_TOKEN), ids()
+    with torch.no_grad():
+        expected = model(tokens).logits
+        dense = model.model.layers[0].mlp.dense
+        dense.up_proj = copy.deepcopy(dense.up_proj)
+        dense.up_proj._forward_hooks.clear()
+        torch.testing.assert_close(model(tokens).logits, expected, rtol=0, atol=0)
+        dense.up_proj = torch.nn.Sequential(dense.up_proj)
+        torch.testing.assert_close(model(tokens).logits, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

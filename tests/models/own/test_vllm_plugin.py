@@ -140,3 +140,12 @@ def test_vllm_writes_what_transformers_writes(name: str, tmp_path: Path) -> None
     upcycle.convert(str(tmp_path / "dense"), tmp_path / "moe", **keys)
     found = verify_with(tmp_path / "moe", "vllm", python=os.environ["VLLM_PYTHON"])
     assert found.verdict == ("not held" if name == "falcon" else "same"), found.explanation
+
+
+def test_experts_of_low_rank_are_refused() -> None:
+    from upcycle.models.own.configuration import wrapped_config
+
+    config = wrapped_config(small_model("gemma2").config, [])
+    assert vllm_plugin.what_prevents(config) is None
+    config.adapted_ffns = [{"paths": [["layers.0.mlp"]]}]
+    assert "experts of low rank" in str(vllm_plugin.what_prevents(config))

@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from upcycle.architectures.dense.base import DenseConfig, Family
@@ -118,8 +118,6 @@ class BesideMethod(Growth):
             _, linears = modules[layer]
             found = self.described(tuple(linears), dense.at(layer).hidden_size, dense.vocab_size, experts, top_k)
             alike[found].append(layer)
-        from dataclasses import replace
-
         entries = [
             replace(ffn, paths=tuple(family.replaced_modules(layer) for layer in own)).to_json()
             for ffn, own in alike.items()
@@ -189,7 +187,7 @@ def _family_of(source: Described, method: str) -> tuple[Family, DenseConfig]:
 def _modules(source: Described, family: Family, dense: DenseConfig) -> tuple[Any, dict[int, tuple[Any, list[str]]]]:
     """Return a model's configuration, and by layer its FFN on the meta device with the names of its linear layers."""
     from upcycle.architectures.stock import build_config, empty_model
-    from upcycle.models.own.lora_block import linear_layers
+    from upcycle.models.own.lora_block import linears_inside
 
     settings = build_config(source.raw, source.where)
     base = empty_model(settings, source.where).base_model
@@ -197,7 +195,7 @@ def _modules(source: Described, family: Family, dense: DenseConfig) -> tuple[Any
     for layer in range(dense.num_hidden_layers):
         (path,) = family.replaced_modules(layer)
         ffn = base.get_submodule(path)
-        found[layer] = ffn, linear_layers(ffn)
+        found[layer] = ffn, linears_inside(ffn)
     return settings, found
 
 
@@ -243,7 +241,7 @@ def _pieces(
 
 def _new_tensors(ffn: AdaptedFfn, module: Any, block: str, like: str) -> dict[str, Origin]:
     """Return the tensors of a router and of experts, by name; ``like`` is a stored tensor whose dtype they have."""
-    from upcycle.models.own.lora_block import OUTPUT, linear_sizes
+    from upcycle.models.own.lora_block import BEHIND_FFN, linear_sizes
 
     router, reads = f"{block}router", ffn.embedding if ffn.clusters else ffn.hidden_size
 
@@ -254,7 +252,7 @@ def _new_tensors(ffn: AdaptedFfn, module: Any, block: str, like: str) -> dict[st
     if ffn.clusters:
         found |= drawn(f"{router}.clusters", ffn.clusters, ffn.embedding, spread=1.0)
     sizes = {path.replace(".", "_"): linear_sizes(module.get_submodule(path)) for path in ffn.linears}
-    for name, (wide, out) in (sizes or {OUTPUT: (ffn.hidden_size, ffn.hidden_size)}).items():
+    for name, (wide, out) in (sizes or {BEHIND_FFN: (ffn.hidden_size, ffn.hidden_size)}).items():
         rows, pair = ffn.copies * ffn.rank, f"{block}experts.pairs.{name}"
         found |= drawn(f"{pair}.a", rows, wide, spread=1 / math.sqrt(wide), even=True)
         found[f"{pair}.b"] = Origin(like, filled=((rows, out), 0.0))
@@ -262,8 +260,10 @@ def _new_tensors(ffn: AdaptedFfn, module: Any, block: str, like: str) -> dict[st
 
 
 def _shape(origin: Origin) -> tuple[int, ...]:
-    assert isinstance(origin, MadeTensor) or origin.filled is not None
-    return origin.shape if isinstance(origin, MadeTensor) else origin.filled[0]  # type: ignore[index]
+    if isinstance(origin, MadeTensor):
+        return origin.shape
+    assert origin.filled is not None
+    return origin.filled[0]
 
 
 def _written(family: Family, dense: DenseConfig, stored: Mapping[str, Any]) -> dict[str, Origin]:

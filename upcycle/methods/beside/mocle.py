@@ -32,11 +32,11 @@ class MocleParameters(PluginParameters):
 
 
 class Mocle(BesideMethod):
-    """Implements MoCLE (Gou et al. 2023, arXiv 2312.12379): instructions are clustered, and each cluster learns which LoRA expert it has.
+    """Implements MoCLE (Gou et al. 2023, arXiv 2312.12379): instructions are clustered, and a cluster learns which LoRA expert it has.
 
     Beside every linear layer W of an FFN: ``y = W x + G B_e A_e x + (1 - G) B_u A_u x``. Here e is the expert of the largest
-    ``softmax(R c / temperature)``, G its weight, c a learned vector of the cluster that the text's instruction is in, and u the universal
-    expert. All B are zeros at first, so that the model begins as the dense one, and A are LoRA's uniform numbers.
+    ``softmax(R c / temperature)``, G its weight, c a learned vector of the cluster that the text's instruction is in, and u the
+    universal expert. All B are zeros at first, so that the model begins as the dense one, and A are LoRA's uniform numbers.
 
     Clusters are those of k-means (k-means++, best of four starts) over the instructions of the calibration text.
 

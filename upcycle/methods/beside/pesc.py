@@ -21,7 +21,7 @@ class PescParameters(PluginParameters):
 
 
 class Pesc(BesideMethod):
-    """Implements parameter-efficient sparsity crafting (Wu et al. 2024, arXiv 2401.02731): experts are one FFN with adapters behind it.
+    """Implements parameter-efficient sparsity crafting (Wu et al. 2024, arXiv 2401.02731): one FFN with adapters behind it.
 
     Expert e is ``f(x) + U_e act(D_e f(x))`` with the same FFN f for all, so that a layer is
     ``f(x) + sum_e G_e U_e act(D_e f(x))`` with the top-2 of a softmax, divided by their sum. U are zeros at first: the model begins

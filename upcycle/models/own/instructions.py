@@ -11,7 +11,7 @@ from torch import nn
 from upcycle.models.own.adapted_ffn import AdaptedFfn
 from upcycle.models.own.lora_block import ClusterRouter, LoraBlock
 
-MODULE = "instruction_clusters"  # of the base model
+CLUSTERS_MODULE = "instruction_clusters"  # of the base model
 _STATE = "instruction_of_upcycle"  # on a cache: what was read of the instruction before
 
 
@@ -19,7 +19,7 @@ class Instruction(NamedTuple):
     """What was read of the instructions of sequences: the sum of their tokens' products ``[B, C]``, and how many tokens ``[B]``."""
 
     total: torch.Tensor
-    count: torch.Tensor
+    tokens: torch.Tensor
 
 
 class InstructionClusters(nn.Module):
@@ -37,8 +37,16 @@ class InstructionClusters(nn.Module):
     def __init__(self, ffn: AdaptedFfn) -> None:
         super().__init__()
         self.length = ffn.instruction
-        self.products = nn.Buffer(torch.zeros(ffn.vocabulary, ffn.clusters, dtype=torch.float32))
-        self.norms = nn.Buffer(torch.zeros(ffn.clusters, dtype=torch.float32))
+        self.products: torch.Tensor = nn.Buffer(torch.zeros(ffn.vocabulary, ffn.clusters, dtype=torch.float32))
+        self.norms: torch.Tensor = nn.Buffer(torch.zeros(ffn.clusters, dtype=torch.float32))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Follow the model to another device, but stay in fp32: a model in half precision has the same clusters."""
+        kept = self.products, self.norms
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.products.dtype != torch.float32:
+            self.products, self.norms = (old.to(self.norms.device) for old in kept)
+        return self
 
     @torch.no_grad()
     def forward(
@@ -65,7 +73,7 @@ class InstructionClusters(nn.Module):
         count = count - (count - known.long()).gather(1, first)
         whole = first == 0
         if before is not None:
-            count = count + torch.where(whole, before.count.to(ids.device)[:, None], 0)
+            count = count + torch.where(whole, before.tokens.to(ids.device)[:, None], 0)
         taken = known & (count <= self.length)
         products = self.products[ids.clamp(max=len(self.products) - 1)] * taken[..., None]
         total = products.cumsum(1)
@@ -98,8 +106,8 @@ def add_clusters(model: Any, ffns: list[AdaptedFfn]) -> None:
     blocks = [one for one in base.modules() if isinstance(one, LoraBlock) and isinstance(one.router, ClusterRouter)]
     if described is None or not blocks:
         return
-    setattr(base, MODULE, InstructionClusters(described))
-    model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), MODULE}
+    setattr(base, CLUSTERS_MODULE, InstructionClusters(described))
+    model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), CLUSTERS_MODULE}
     base.register_forward_pre_hook(_read, with_kwargs=True)
     base.register_forward_hook(_keep, with_kwargs=True)
 
@@ -117,7 +125,7 @@ def _read(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
             real = mask[:, -ids.shape[1] :].bool()
         elif before is None:
             starts = _starts(ids, _argument(base, args, kwargs, "position_ids"))
-        module: Any = getattr(base, MODULE)
+        module: Any = getattr(base, CLUSTERS_MODULE)
         clusters, module.last = module(ids, real, starts, before)
     for block in base.modules():
         if isinstance(block, LoraBlock):
@@ -129,7 +137,7 @@ def _keep(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output
     cache = getattr(output, "past_key_values", None)
     if cache is None:
         cache = _argument(base, args, kwargs, "past_key_values")
-    module: Any = getattr(base, MODULE)
+    module: Any = getattr(base, CLUSTERS_MODULE)
     last, module.last = getattr(module, "last", None), None
     if cache is not None and last is not None:
         setattr(cache, _STATE, last)

@@ -13,7 +13,7 @@ from upcycle.errors import CheckpointError
 from upcycle.models.own.adapted_ffn import AdaptedFfn
 from upcycle.models.own.moe_block import RoutedBlock, TokenRouter
 
-OUTPUT = "output"  # the name of the experts behind an FFN
+BEHIND_FFN = "output"  # the name of the experts behind an FFN
 
 
 class LoraBlock(RoutedBlock):
@@ -56,7 +56,7 @@ class LoraBlock(RoutedBlock):
             x, known = self.router.embedded(clusters.clamp(min=0)), clusters >= 0
         logits, weights, ids = self.router(x)
         every = logits.new_zeros(len(logits), self.experts.count + 1)  # the last is for what is no expert
-        found = every.scatter(1, ids, weights.to(every.dtype))[:, :-1]
+        found: torch.Tensor = every.scatter(1, ids, weights.to(every.dtype))[:, :-1]
         if known is not None:
             found = found * known[:, None]
         if self.universal:
@@ -99,26 +99,31 @@ class LoraExperts(nn.Module):
 
     def __init__(self, ffn: AdaptedFfn, dense: nn.Module) -> None:
         super().__init__()
-        self.count = ffn.experts
+        self.count, self.linears = ffn.experts, ffn.linears
         self.pairs = nn.ModuleDict()
         if not ffn.linears:
-            self.pairs[OUTPUT] = LoraPair(ffn, ffn.hidden_size, ffn.hidden_size)
+            self.pairs[BEHIND_FFN] = LoraPair(ffn, ffn.hidden_size, ffn.hidden_size)
         for path in ffn.linears:
-            linear = _linear(dense, path)
-            pair = LoraPair(ffn, *linear_sizes(linear))
-            self.pairs[path.replace(".", "_")] = pair
-            linear.register_forward_hook(pair.beside)  # a bound method: a copy of the model gets the copied pair's
+            self.pairs[_key(path)] = LoraPair(ffn, *linear_sizes(_linear(dense, path)))
 
     def forward(self, dense: nn.Module, hidden_states: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """Return the FFN's output ``[..., d]`` with what its experts add, by their weights ``[T, E]``."""
-        for pair in self.pairs.values():
+        pairs = {key: self._pair(key) for key in self.pairs}
+        for path in self.linears:
+            _hook(dense.get_submodule(path), pairs[_key(path)])
+        for pair in pairs.values():
             pair.gates = gates
         out: torch.Tensor = dense(hidden_states)
-        if OUTPUT in self.pairs:
-            out = self.pairs[OUTPUT].beside(dense, (out,), out)
-        for pair in self.pairs.values():
+        if BEHIND_FFN in pairs:
+            out = pairs[BEHIND_FFN].beside(dense, (out,), out)
+        for pair in pairs.values():
             pair.gates = None
         return out
+
+    def _pair(self, key: str) -> LoraPair:
+        found = self.pairs[key]
+        assert isinstance(found, LoraPair)
+        return found
 
 
 class LoraPair(nn.Module):
@@ -154,6 +159,20 @@ class LoraPair(nn.Module):
         return output + (self.scale * (weighed @ self.b)).view(output.shape)
 
 
+def _key(path: str) -> str:
+    return path.replace(".", "_")
+
+
+def _hook(linear: nn.Module, pair: LoraPair) -> None:
+    """Let a pair add to what a linear layer puts out, if it does not yet: quantisation, for one, puts another layer in its place.
+
+    What stands around the layer (an adapter of peft) does not count. The hook is a bound method, so that a copy of the model has
+    the copied pair's.
+    """
+    if not any(hook == pair.beside for part in linear.modules() for hook in part._forward_hooks.values()):
+        linear.register_forward_hook(pair.beside)
+
+
 def _linear(dense: nn.Module, path: str) -> nn.Module:
     try:
         found = dense.get_submodule(path)
@@ -161,12 +180,12 @@ def _linear(dense: nn.Module, path: str) -> nn.Module:
     except (AttributeError, ValueError):
         raise CheckpointError(
             f"config.json: 'adapted_ffns' names the linear layer '{path}', which a {type(dense).__name__} does not have",
-            hint=f"its linear layers: {', '.join(linear_layers(dense)) or 'none'}",
+            hint=f"its linear layers: {', '.join(linears_inside(dense)) or 'none'}",
         ) from None
     return found
 
 
-def linear_layers(dense: nn.Module) -> list[str]:
+def linears_inside(dense: nn.Module) -> list[str]:
     """Return the names of the linear layers inside an FFN."""
     return [name for name, module in dense.named_modules() if name and _is_linear(module)]
 
@@ -180,7 +199,8 @@ def linear_sizes(linear: nn.Module) -> tuple[int, int]:
     if not _is_linear(linear):
         raise ValueError(type(linear).__name__)
     weight: Any = linear.weight
-    return (weight.shape[1], weight.shape[0]) if isinstance(linear, nn.Linear) else tuple(weight.shape)  # type: ignore[return-value]
+    first, second = map(int, weight.shape)
+    return (second, first) if isinstance(linear, nn.Linear) else (first, second)
 
 
 def _is_linear(module: nn.Module) -> bool:

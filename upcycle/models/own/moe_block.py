@@ -35,7 +35,7 @@ KERNEL_ACTIVATIONS = {
 }
 
 
-class Routed(Protocol):
+class RoutedFfn(Protocol):
     """What a router needs to know of its block."""
 
     @property
@@ -179,7 +179,7 @@ class TokenRouter(nn.Module):
         top_k: experts per token, where that is a fixed number.
     """
 
-    def __init__(self, ffn: Routed) -> None:
+    def __init__(self, ffn: RoutedFfn) -> None:
         form = ffn.router
         super().__init__()
         self.weight = nn.Parameter(torch.empty(ffn.experts, ffn.hidden_size if form.linear else form.width))

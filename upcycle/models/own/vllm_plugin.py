@@ -63,6 +63,9 @@ def what_prevents(config: Any) -> str | None:
         return f"{wrapped.__name__}: in transformers, a {config.base_model_type} model cannot take vLLM's attention"
     if "position_ids" not in inspect.signature(wrapped.forward).parameters:
         return f"{wrapped.__name__}: in transformers, a {config.base_model_type} model takes no positions, which vLLM gives it"
+    if getattr(config, "adapted_ffns", None):
+        why = "it has experts of low rank beside FFNs, and vLLM does not show what they read: which texts a batch is of"
+        return f"{wrapped.__name__}: {why}"
     if any(getattr(ffn.rule, "protected", 0.0) for ffn in replaced_in(config)):
         why = "its rule protects tokens by their attention, and vLLM's does not give its weights: set 'protected' to 0"
         return f"{wrapped.__name__}: {why}"
