@@ -13,6 +13,7 @@ from upcycle.cli.shared.plugin_tables import markdown_table, plugins
 _CITED = re.compile(r"(?:arxiv\.org/abs/|arXiv:? ?)(\d{4}\.\d{5})")
 _FOLDERS = ("upcycle", "splitters", "trainers", "kernels", "configs")
 TITLES = {
+    "1909.05858": "CTRL: A Conditional Transformer Language Model for Controllable Generation",
     "1810.04805": "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding",
     "2106.09685": "LoRA: Low-Rank Adaptation of Large Language Models",
     "2305.02869": "Masked Structural Growth for 2x Faster Language Model Pre-training",

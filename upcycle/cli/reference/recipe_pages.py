@@ -51,7 +51,8 @@ def rounds_recipe_page() -> str:
         [
             "# Recipe of rounds",
             "A YAML file with these keys, for [`upcycle grow RECIPE`](../guides/mixing.md#branch-train-merge-and-again). "
-            "`--set KEY=VALUE` lays a value over any of them, such as `domains.law=law.jsonl` or `training.stages.steps=500`. Unknown keys are errors.",
+            "`--set KEY=VALUE` lays a value over any of them, such as `domains.law=law.jsonl` or "
+            "`training.stages.steps=500`. Unknown keys are errors.",
             *_model_sections(RoundsRecipe),
         ]
     )
