@@ -61,7 +61,6 @@ training: $(READY)      # SmolLM2-135M healed for an hour, the demo model healed
 	$(BIN)/python -P tests/benchmarks/training/healing_smollm2.py --out docs/measured/healing_smollm2.md
 	$(BIN)/python -P tests/benchmarks/training/train_speed.py
 	$(BIN)/python -P tests/benchmarks/training/masked_growing.py
-	$(BIN)/python -P tests/benchmarks/training/divided_memory.py
 
 reference: $(READY)     # the pages of docs/reference, from the code; a test says when that is needed
 	$(BIN)/python -P -m upcycle.cli.reference.write docs/reference

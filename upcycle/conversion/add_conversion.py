@@ -10,8 +10,9 @@ from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.conversion.growth_conversion import GrowthConversion
 from upcycle.conversion.job import TokensRead
 from upcycle.files.formats.parsing import read_json
+from upcycle.files.names import DECISION_FILE
 from upcycle.methods.growing.add_expert import AddExpert, fine_tune
-from upcycle.planning.growth_job import DECISION_FILE, decided_growth, write_decision
+from upcycle.planning.growth_job import decided_growth, write_decision
 from upcycle.progress import Progress
 
 if TYPE_CHECKING:
