@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner
+from pictures import LARGEST, SHOTS
 from wrapped_models import small_model
 
 import upcycle
@@ -107,8 +108,9 @@ def test_every_page_is_linked_and_every_link_leads_somewhere() -> None:
 def test_pictures_are_small() -> None:
     for path in (ROOT / "docs").rglob("*"):
         assert path.suffix in ("", ".md", ".png", ".svg", ".css", ".html"), path
-        assert path.suffix in ("", ".md", ".html") or path.stat().st_size < 120_000, path
-    assert (ROOT / "docs" / "images" / "report.png").read_bytes().startswith(b"\x89PNG")
+        assert path.suffix in ("", ".md", ".html") or path.stat().st_size < LARGEST, path
+    for name in SHOTS:
+        assert (ROOT / "docs" / "images" / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_every_training_recipe_is_documented() -> None:

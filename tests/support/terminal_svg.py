@@ -14,7 +14,7 @@ from typing import Any
 
 from terminal import QUESTION
 
-LONGEST, SHORTEST = 1.5, 0.15  # seconds that a frame is shown: waiting is cut, and what follows at once is one frame
+LONGEST, SHORTEST = 1.5, 0.2  # seconds that a frame is shown: waiting is cut, and what follows at once is one frame
 ASKED, READ, LAST = 0.9, 3.5, 8.0  # ... a question, what a command has printed, and the end
 COMMAND = 5.0  # for the work of one command, at most about
 KEY = 0.045  # seconds per typed character
