@@ -60,7 +60,10 @@ def main() -> None:
     start = model.with_name("start")
     before, after = asked(start, options.text), asked(model, options.text)
     content = recipe(start, options.steps * 2048, work, LOSSES)
-    content |= {"saving": {"every": max(1, options.steps // 6), "keep": 99}, "log": {"validation": 0, "peak_tflops": 0.05}}
+    content |= {
+        "saving": {"every": max(1, options.steps // 6), "keep": 99},
+        "log": {"validation": 0, "peak_tflops": 0.05},
+    }
     run = upcycle.train(content, print)
     early = asked(Path(str(run.model)), options.text, start, work / "run")
     columns = (
@@ -79,7 +82,7 @@ def main() -> None:
             [columns, "|---" * 2 + "|---:" * 8 + "|", *habits("untrained routers", before), *habits("trained", after)]
         ),
         f"Of a run of {options.steps} steps of 2,048 tokens from the untrained routers, the share of first experts that its last "
-        "model chooses, too:",
+        "model, stored in bfloat16, chooses, too:",
         "\n".join(
             [
                 "| | all | " + " | ".join(layers) + " |",

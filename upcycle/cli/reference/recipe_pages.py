@@ -50,8 +50,9 @@ def rounds_recipe_page() -> str:
     return "\n\n".join(
         [
             "# Recipe of rounds",
-            "A YAML file with these keys, for [`upcycle grow RECIPE`](../guides/mixing.md#branch-train-merge-and-again). `--set KEY=VALUE` "
-            "lays a value over any of them, such as `domains.law=law.jsonl` or `training.stages.steps=500`. Unknown keys are errors.",
+            "A YAML file with these keys, for [`upcycle grow RECIPE`](../guides/mixing.md#branch-train-merge-and-again). "
+            "`--set KEY=VALUE` lays a value over any of them, such as `domains.law=law.jsonl` or `training.stages.steps=500`. "
+            "Unknown keys are errors.",
             *_model_sections(RoundsRecipe),
         ]
     )

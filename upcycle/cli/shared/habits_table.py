@@ -22,7 +22,14 @@ def habit_tables(habits: RoutingHabits) -> list[tuple[str, list[str], list[list[
         ]
         for each in habits.layers
     ]
-    columns = ["layer", "by token", "by majority", "information", "dropped", *(f"fifth {n + 1}" for n in range(WINDOW_PARTS))]
+    columns = [
+        "layer",
+        "by token",
+        "by majority",
+        "information",
+        "dropped",
+        *(f"fifth {n + 1}" for n in range(WINDOW_PARTS)),
+    ]
     about = (
         f"\nfirst experts of {habits.seen_tokens:,} tokens as their ids say, and choices without room at capacity "
         f"{habits.capacity_factor:g} in windows of {habits.window}"
