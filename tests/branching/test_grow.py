@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,32 +99,35 @@ def test_a_kill_at_any_point_changes_nothing(pico: Pico, tmp_path: Path, monkeyp
     content = recipe(pico("llama"), tmp_path, rounds=[["law"], ["code"]], branch="posteriors", sample=64, last=mixed)
     content["rounds"].append(["law"])  # of a forest of two: with a mean by posteriors
     whole = grow({**content, "output": str(tmp_path / "whole")})
-    calls = 0
-    # Before and after every training run, conversion and measurement: the next call does what is left.
-    for name in ("train", "run_recipe", "_measured"):
-        owner: Any = growing if name != "_measured" else growing._Rounds
-        original = getattr(owner, name)
+    met: Counter[tuple[str, str]] = Counter()
 
-        def dying(*arguments: Any, _original: Any = original, **keys: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls % 3 == 1:
+    # Every training run, conversion and measurement is killed before its work and behind it, and only then let through.
+    def dying(name: str, original: Callable[..., Any], what: Callable[..., object]) -> Callable[..., Any]:
+        def act(*arguments: Any, **keys: Any) -> Any:
+            met[name, str(what(*arguments))] += 1
+            times = met[name, str(what(*arguments))]
+            if times == 1:
                 raise Killed
-            made = _original(*arguments, **keys)
-            if calls % 3 == 2:
+            made = original(*arguments, **keys)
+            if times == 2:
                 raise Killed
             return made
 
-        monkeypatch.setattr(owner, name, dying)
-    kills = 0
-    for _ in range(200):
+        return act
+
+    monkeypatch.setattr(growing, "train", dying("train", growing.train, lambda run, *_: run.output))
+    monkeypatch.setattr(growing, "run_recipe", dying("convert", growing.run_recipe, lambda _, out: out))
+    measured = dying("measure", growing._Rounds._measured, lambda _, folder, *__: folder)
+    monkeypatch.setattr(growing._Rounds, "_measured", measured)
+    kills, result = 0, None
+    while result is None:
+        assert kills < 60
         try:
             result = grow(content)
-            break
         except Killed:
             kills += 1
             assert [each.state for each in look(content).steps].count("next") <= 1
-    assert kills > 2 * len(result.steps)
+    assert kills == 2 + 4 * len(result.steps)  # the seed is measured alone
     assert models(result).keys() == models(whole).keys()
     for step, made in models(whole).items():
         assert equal(models(result)[step], made), step

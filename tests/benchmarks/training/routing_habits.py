@@ -82,7 +82,7 @@ def main() -> None:
             [columns, "|---" * 2 + "|---:" * 8 + "|", *habits("untrained routers", before), *habits("trained", after)]
         ),
         f"Of a run of {options.steps} steps of 2,048 tokens from the untrained routers, the share of first experts that its last "
-        "model chooses, too:",
+        "model, stored in bfloat16, chooses, too:",
         "\n".join(
             [
                 "| | all | " + " | ".join(layers) + " |",

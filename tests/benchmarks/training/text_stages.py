@@ -21,7 +21,7 @@ import json
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from upcycle.trainers.run.step_reports import read_log
 
 DOMAINS = {"prose": "science", "code": "library"}
 LENGTH, BATCH = 128, 4
-RATE = 1e-3
+RATE = 1e-4
 QUIET: dict[str, Any] = {"verification": {"enabled": False}}
 Row = list[str]
 
@@ -83,11 +83,16 @@ class Bench:
     def __init__(self, work: Path, steps: int) -> None:
         self.work, self.steps = work, steps
         self.data = {"cache": str(work / "tokens"), "validation": {"tokens": 512, "batch": 8}, "shuffle": "1MB"}
-        self.size = {"length": LENGTH, "global_batch": BATCH, "micro_batch": BATCH, "log": {"peak_tflops": 0.05}}
+        self.size = {
+            "length": LENGTH,
+            "global_batch": BATCH,
+            "micro_batch": BATCH,
+            "log": {"peak_tflops": 0.05, "validation": 10**6},
+        }
 
     def stage(self, **changes: Any) -> dict[str, Any]:
         """A stage of so many steps."""
-        schedule = {"kind": "cosine", "warmup": 2}
+        schedule = {"kind": "cosine", "warmup": 1}
         return {"steps": self.steps, "learning_rate": RATE, "schedule": schedule, **changes}
 
     def trained(
@@ -229,37 +234,44 @@ def table(head: Row, rows: list[Row]) -> str:
 def main() -> None:
     """Convert, train, measure and print; with ``--out`` the page is written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4, help=f"of every stage, {LENGTH * BATCH:,} tokens each")
+    parser.add_argument("--steps", type=int, default=8, help=f"of every stage, {LENGTH * BATCH:,} tokens each")
     parser.add_argument("--work", type=Path, help="keep runs here, and continue them")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     work = options.work or Path(tempfile.mkdtemp(prefix="text-stages-"))
     work.mkdir(parents=True, exist_ok=True)
     bench = Bench(work, options.steps)
-    of_rounds, forest = rounds(bench)
-    names = list(DOMAINS)
-    sections: list[tuple[str, str]] = [
-        ("Branch-Train-Merge in two rounds (`upcycle grow`)", table(["model", *names], of_rounds)),
-        (
-            "BTX's routers",
-            table(["router", *(f"{name} before" for name in names), *names], routers(bench, forest)),
-        ),
-        ("Flan-MoE's instruction stage", table(["what trains", "answers before", "answers"], flan(bench))),
-        ("Skywork-MoE", table(["what trains", *names, "dropped at the end"], skywork(bench))),
-    ]
+    names, forest = list(DOMAINS), dict[str, Path]()
     page = [
         "# Text recipes as published, on the demo model",
-        f"Every stage is {options.steps} steps of {LENGTH * BATCH:,} tokens: enough to see that each recipe runs and learns, too few "
-        "to rank them. Losses are nats per token of held-out documents: SciPy's docstrings (prose), scikit-learn's code without "
-        "docstrings (code), and first paragraphs of docstrings behind their functions' heads (answers). The demo model was made of "
-        "none of these, but for the answers, which are of Python's standard library.",
-        *(f"## {title}\n\n{text}" for title, text in sections),
-        f"By `python -P tests/benchmarks/training/text_stages.py --steps {options.steps} --out docs/measured/text_stages.md`.",
+        f"Every stage is {options.steps} steps of {LENGTH * BATCH:,} tokens at a rate of {RATE:g}: enough to see that each recipe "
+        "runs, too few to rank them. Losses are nats per token of held-out documents: SciPy's docstrings (prose), scikit-learn's "
+        "code without docstrings (code), and first paragraphs of docstrings behind their functions' heads (answers). The demo model "
+        "was made of none of these, but for the answers, which are of Python's standard library.",
     ]
-    text = "\n\n".join(page) + "\n"
+
+    def of_rounds() -> str:
+        rows, found = rounds(bench)
+        forest.update(found)
+        return table(["model", *names], rows)
+
+    sections: dict[str, Callable[[], str]] = {
+        "Branch-Train-Merge in two rounds (`upcycle grow`)": of_rounds,
+        "Flan-MoE's instruction stage": lambda: table(["what trains", "answers before", "answers"], flan(bench)),
+        "Skywork-MoE": lambda: table(["what trains", *names, "dropped at the end"], skywork(bench)),
+        "BTX's routers": lambda: table(
+            ["router", *(f"{name} before" for name in names), *names], routers(bench, forest)
+        ),
+    }
+    command = (
+        f"python -P tests/benchmarks/training/text_stages.py --steps {options.steps} --out docs/measured/text_stages.md"
+    )
+    for title, make in sections.items():
+        page += [f"## {title}", make()]
+        text = "\n\n".join([*page, f"By `{command}`."]) + "\n"
+        if options.out:  # after every section, as later ones take time
+            options.out.write_text(text, encoding="utf-8")
     print(text)
-    if options.out:
-        options.out.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
