@@ -29,7 +29,7 @@ from upcycle.files.formats.tensor_files import SafetensorsFolder
 # Target -> the pico model that is converted to it, and how its experts are stored there.
 SOURCES = {
     "qwen3_moe": ("qwen3", "per-expert"),
-    "deepseek_v3": ("youtu", "per-expert"),
+    "deepseek_v3": ("youtu-halves", "per-expert"),
     "glm4_moe": ("seed-oss", "per-expert"),
     "gpt_oss": ("llama", "fused"),
 }
