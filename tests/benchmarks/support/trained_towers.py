@@ -2,7 +2,9 @@
 
 - ``restorer``: a T5 that reads a line of the embedded prose without its vowels, and writes the line.
 - ``four_digits``: a CLIP of images of four handwritten digits (scikit-learn's) with a caption of their numbers.
-- ``dialled``: a Whisper that hears four telephone tones in noise, of other lengths and loudness, and writes their digits.
+- ``dialled``: a Whisper that hears one to four telephone tones in noise, of other lengths and loudness, and writes their digits.
+
+Short examples are among those that are trained on: what to look at is learnt from them first.
 
 As a program it trains them and prints the folders.
 """
@@ -99,7 +101,8 @@ def restorer(folder: Path) -> None:
 
     def batches() -> Iterator[Batch]:
         while True:
-            texts = [sides[0][int(i)] for i in torch.randint(len(sides[0]), (32,))]
+            length = int(torch.randint(6, LINE + 1, ()))
+            texts = [sides[0][int(i)][:length] for i in torch.randint(len(sides[0]), (32,))]
             read = ids_of([without_vowels(text) for text in texts])
             yield {"input_ids": read, "attention_mask": (read != 2).long(), "labels": labels_of(texts)}
 
@@ -169,7 +172,8 @@ def dialled(folder: Path) -> None:
     free = {"suppress_tokens": None, "begin_suppress_tokens": None, "decoder_start_token_id": 2}
     model = WhisperForConditionalGeneration(WhisperConfig(**sizes, **free))
     torch.manual_seed(1)
-    numbers = ["".join(str(int(i)) for i in torch.randint(10, (4,))) for _ in range(3000 + HELD)]
+    lengths = torch.randint(1, 5, (3000 + HELD,)).tolist()
+    numbers = ["".join(str(int(i)) for i in torch.randint(10, (length,))) for length in lengths]
     sounds = [dialled_sound(number) for number in numbers]
     features = torch.tensor(extractor([sound.numpy() for sound in sounds], sampling_rate=RATE)["input_features"])
     labels = labels_of(numbers)

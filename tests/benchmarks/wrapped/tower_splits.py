@@ -31,7 +31,7 @@ PLAIN = {"method": "random_split"}
 COLUMNS = {"column": "short", "target": "line"}
 TITLES = {
     "restorer": ("T5: lines of the embedded prose, read without their vowels", "nats per character"),
-    "dialled": ("Whisper: four telephone tones in noise", "nats per character"),
+    "dialled": ("Whisper: one to four telephone tones in noise", "nats per character"),
     "four_digits": ("CLIP: images of four handwritten digits", "recall@1 of captions, of images"),
 }
 
