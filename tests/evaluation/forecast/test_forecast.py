@@ -15,7 +15,7 @@ from upcycle.conversion.jobs import job_of
 from upcycle.evaluation.forecast import forecast as module
 from upcycle.evaluation.forecast import probes
 from upcycle.evaluation.forecast.forecast import Forecast, forecast, forecast_in_words, forecast_of
-from upcycle.evaluation.forecast.probes import LayerTimes, layer_times, seconds
+from upcycle.evaluation.forecast.probes import ByteTimes, LayerTimes, layer_times, seconds
 from upcycle.planning.expert_job import ExpertJob
 from upcycle.recipe.conversion_recipe import Recipe, parse_recipe
 from upcycle.registry import METHODS
@@ -50,7 +50,7 @@ def still(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which every measurement is known."""
     monkeypatch.setattr(module, "layer_times", lambda job: LayerTimes(1e-4, 1e-3, 2.0))
     monkeypatch.setattr(module, "product_seconds", lambda *sizes: 1e-12)
-    monkeypatch.setattr(module, "file_seconds", lambda: (1e-9, 0.0))
+    monkeypatch.setattr(module, "byte_times", lambda: ByteTimes(1e-9, 0.0, 0.0))
     monkeypatch.setattr(module, "comparison_seconds", lambda vocab: 0.0)
 
 

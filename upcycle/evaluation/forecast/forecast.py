@@ -10,8 +10,8 @@ from upcycle.conversion.jobs import job_of
 from upcycle.errors import UpcycleError
 from upcycle.evaluation.forecast.probes import (
     LayerTimes,
+    byte_times,
     comparison_seconds,
-    file_seconds,
     layer_times,
     product_seconds,
     too_wide,
@@ -105,7 +105,7 @@ def calibrating_seconds(job: ExpertJob, tokens: int) -> float | None:
     if _unlike(job):
         return None
     product = product_seconds(512, job.dense.hidden_size, job.dense.intermediate_size)
-    return _calibrating(job, tokens, _attention(job, product), layer_times(job), file_seconds()[1])
+    return _calibrating(job, tokens, _attention(job, product), layer_times(job), byte_times().streamed)
 
 
 def _unlike(job: object) -> str | None:
@@ -147,14 +147,14 @@ def _phases(job: ExpertJob, tokens: int) -> dict[str, float]:
     plan, dense = job.cost(), job.dense
     times = layer_times(job)
     product = product_seconds(512, dense.hidden_size, dense.intermediate_size)
-    written, streamed = file_seconds()
+    moved = byte_times()
     attention = _attention(job, product)
     found = {}
     if tokens:
-        found["calibrating"] = _calibrating(job, tokens, attention, times, streamed)
-    found["converting"] = plan.bytes_output * (written + streamed / 2)
+        found["calibrating"] = _calibrating(job, tokens, attention, times, moved.streamed)
+    found["converting"] = plan.bytes_output * (moved.written + moved.streamed / 2)
     if job.recipe.verification.enabled:
-        found["verifying"] = _verifying(job, plan, attention, times.ffn, product, streamed)
+        found["verifying"] = _verifying(job, plan, attention, times.ffn, product, moved.loaded)
     return found
 
 
@@ -183,7 +183,7 @@ def _calibrating(job: ExpertJob, tokens: int, attention: float, times: LayerTime
     return tokens * (converted * decided + others * plain) + converted * times.fixed
 
 
-def _verifying(job: ExpertJob, plan: Plan, attention: float, ffn: float, product: float, streamed: float) -> float:
+def _verifying(job: ExpertJob, plan: Plan, attention: float, ffn: float, product: float, loaded: float) -> float:
     """Return the seconds of reading a text with both models, and of loading them."""
     dense = job.dense
     others = dense.num_hidden_layers * attention + product * dense.hidden_size * dense.vocab_size
@@ -192,5 +192,5 @@ def _verifying(job: ExpertJob, plan: Plan, attention: float, ffn: float, product
     compared = comparison_seconds(dense.vocab_size) * dense.vocab_size
     texts = 2 if job.calibrated and job.promise[0] == "approximate" else 1  # of another kind, too
     blocks = max(0.0, converted - others)  # which run a second time, on the dense model's inputs
-    loaded = 2 * (plan.bytes_dense + plan.bytes_output) * streamed
-    return job.recipe.verification.tokens * (texts * (passing + converted + compared) + blocks) + loaded
+    loading = (plan.bytes_dense + plan.bytes_output) * loaded
+    return job.recipe.verification.tokens * (texts * (passing + converted + compared) + blocks) + loading

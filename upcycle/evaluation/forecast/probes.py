@@ -163,9 +163,25 @@ def comparison_seconds(vocab: int) -> float:
     return seconds(compare) / (256 * columns)
 
 
-def file_seconds(folder: Path | None = None) -> tuple[float, float]:
-    """Return the seconds per byte of writing and hashing weights, and of writing and reading a file, both in ``folder``."""
-    block = torch.empty(_FILE, dtype=torch.uint8).random_().numpy().data
+@dataclass(frozen=True)
+class ByteTimes:
+    """Holds seconds per byte.
+
+    Attributes:
+        written: of weights that are checked, written and hashed.
+        loaded: of weights that are read, and turned into fp32.
+        streamed: of a file that is written and read back.
+    """
+
+    written: float
+    loaded: float
+    streamed: float
+
+
+def byte_times(folder: Path | None = None) -> ByteTimes:
+    """Time what is done to the bytes of weights, with a file in ``folder``, or where temporary files are."""
+    weights = torch.randn(_FILE // 2).to(torch.bfloat16)
+    block = weights.view(torch.uint8).numpy().data
 
     def write() -> None:
         with suppress(OSError), TemporaryFile(dir=folder, buffering=0) as file:
@@ -174,6 +190,8 @@ def file_seconds(folder: Path | None = None) -> tuple[float, float]:
             while file.read(1 << 22):
                 pass
 
+    streamed = seconds(write, 2) / _FILE
     hashed = seconds(lambda: hashlib.sha256(block).digest(), 2) / _FILE
-    written = seconds(write, 2) / _FILE
-    return hashed + written, written
+    checked = seconds(lambda: weights.clone().isfinite().all(), 2) / _FILE
+    widened = seconds(weights.float, 2) / _FILE
+    return ByteTimes(written=streamed + hashed + checked, loaded=streamed + widened, streamed=streamed)
