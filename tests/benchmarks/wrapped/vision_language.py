@@ -182,8 +182,8 @@ def page(rows: list[Row], right_at_first: float, seconds: float, steps: float) -
     lines = [
         "# Stages for vision-language models, on a tiny LLaVA",
         "",
-        f"`python -P tests/benchmarks/wrapped/vision_language.py{shorter}` trains a LLaVA of a vision transformer for handwritten digits, a",
-        "random connector and the demo model by the shipped recipes of three papers, stage by stage, with the conversions between.",
+        f"`python -P tests/benchmarks/wrapped/vision_language.py{shorter}` trains a LLaVA of a vision transformer for handwritten",
+        "digits, a random connector and the demo model by the shipped recipes of three papers, stage by stage, with the conversions between.",
         f"Steps, rates and rows are made small ({ROWS} rows of {LENGTH} tokens a step); what trains, and how, is the recipe's own.",
         "",
         "| recipe | stage | trains | steps | losses at its first step | at its last | held-out nats | right digits |",
@@ -202,7 +202,7 @@ def page(rows: list[Row], right_at_first: float, seconds: float, steps: float) -
         "",
         "LLaVA-MoD's student has every second layer of the demo model; its teacher is the result of `moe_tuning_dense`. `verify`",
         "calls every conversion exact. This shows that the stages run and teach; it compares no papers, whose models and data are",
-        f"thousands of times larger. All of it took {seconds / 60:.0f} minutes of processor time.",
+        f"thousands of times larger. All of it took {seconds:.0f} seconds of processor time.",
         "",
     ]
     return "\n".join(lines)
