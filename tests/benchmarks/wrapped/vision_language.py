@@ -202,7 +202,7 @@ def page(rows: list[Row], right_at_first: float, seconds: float, steps: float) -
         "",
         "LLaVA-MoD's student has every second layer of the demo model; its teacher is the result of `moe_tuning_dense`. `verify`",
         "calls every conversion exact. This shows that the stages run and teach; it compares no papers, whose models and data are",
-        f"thousands of times larger. All of it took {seconds / 60:.0f} minutes of processor time.",
+        f"thousands of times larger. All of it took {seconds:.0f} seconds of processor time.",
         "",
     ]
     return "\n".join(lines)
