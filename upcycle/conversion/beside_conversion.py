@@ -15,8 +15,9 @@ from upcycle.conversion.growth_conversion import GrowthConversion
 from upcycle.conversion.job import TokensRead
 from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import read_json
+from upcycle.files.names import DECISION_FILE
 from upcycle.methods.beside.base import BesideMethod, ClusterTensor, DrawnTensor
-from upcycle.planning.growth_job import DECISION_FILE, write_decision
+from upcycle.planning.growth_job import write_decision
 from upcycle.progress import Progress
 
 if TYPE_CHECKING:
