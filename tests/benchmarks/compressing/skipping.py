@@ -57,6 +57,8 @@ def main() -> int:
         observe(str(model), seen, ",".join(text), CALIBRATED)
         for keep in options.keep:
             for name, (method, parameters) in WAYS.items():
+                if "layers" in parameters and keep <= 1 - LAYERS / 6 * 3 / 4:
+                    continue  # the other layers keep all, and the first expert always runs
                 upcycle.convert(
                     str(model),
                     out,
