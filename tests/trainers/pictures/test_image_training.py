@@ -20,6 +20,7 @@ from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.models.own.moe_block import MoeBlock
 from upcycle.trainers.checkpoints.read import latest
 from upcycle.trainers.run.shown_rows import shown_rows
+from upcycle.trainers.run.stage import check_images
 
 WIDE, ROUNDING = 128, 2e-6  # tokens that hold two conversations; fp32 sums in another order, of a few hundred products
 COPIES: dict[str, Any] = {"method": "sparse_upcycling", "experts": 4, "top_k": 2, "verification": {"tokens": 32}}
@@ -351,3 +352,11 @@ def test_what_does_not_go_with_images_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match=why):
         run(recipe(llava, tmp_path, data, stage, **changes))
+
+
+def test_several_ranks_are_refused(llava: Path, data: Path, tmp_path: Path) -> None:
+    """Where one has no image, its gradients come in another order, and ZeRO would add up those of other weights."""
+    made = recipe(llava, tmp_path, data, {})
+    check_images(made, made.stages[0], 1)
+    with pytest.raises(UsageError, match="more than one rank does not go with images"):
+        check_images(made, made.stages[0], 2)
