@@ -99,7 +99,7 @@ class Stage:
         self.masks = predicts_masked(origin)
         check_fits(self.model.config, tokenizer, recipe.length)
         data = stage_recipe.data or recipe.data
-        self._show(data, pictures)
+        self._show(data, pictures, ranks.world_size)
         # A row has one document for itself, unless it is a preference: two answers.
         apart = data.packing == "alone" and all(domain.chosen is None for domain in data.domains)
         leak = None if apart else packing_leak(self.model.config, recipe.micro_batch)
@@ -197,6 +197,7 @@ class Stage:
         del self.engine, self.tensors, self.model, self.stepper
         gc.collect()
 
+<<<<<<< HEAD
     def _check_taught(self, divided: bool) -> None:
         """Refuse targets for single experts where a rank, or the architecture, does not hold them one by one."""
         distillation = self.stage_recipe.distillation
@@ -222,9 +223,12 @@ class Stage:
             )
 
     def _show(self, data: DataRecipe, pictures: Pictures | None) -> None:
+=======
+    def _show(self, data: DataRecipe, pictures: Pictures | None, world_size: int) -> None:
+>>>>>>> wt-vl
         """Let every part of the model train, if the data have images."""
         if pictures is not None and data_have_images(data, pictures):
-            check_images(self.recipe, self.stage_recipe)
+            check_images(self.recipe, self.stage_recipe, world_size)
             pictures.most_bad = data.bad_images
             train_all_parts(self.model)
 
@@ -284,7 +288,7 @@ class Stage:
         return engine
 
 
-def check_images(recipe: TrainRecipe, stage: StageRecipe) -> None:
+def check_images(recipe: TrainRecipe, stage: StageRecipe, world_size: int) -> None:
     """Refuse keys that do not go with data that have images.
 
     Raises:
@@ -294,6 +298,10 @@ def check_images(recipe: TrainRecipe, stage: StageRecipe) -> None:
         "distillation.cache": (
             stage.distillation is not None and stage.distillation.cache is not None,
             "a cache knows rows by their tokens, and other images have the same",
+        ),
+        "more than one rank": (
+            world_size > 1,
+            "DeepSpeed adds gradients up in the order in which they come, which is another one where rows have no image",
         ),
         "zero.stage: 3": (
             recipe.zero.stage == 3,
