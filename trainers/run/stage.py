@@ -197,7 +197,6 @@ class Stage:
         del self.engine, self.tensors, self.model, self.stepper
         gc.collect()
 
-<<<<<<< HEAD
     def _check_taught(self, divided: bool) -> None:
         """Refuse targets for single experts where a rank, or the architecture, does not hold them one by one."""
         distillation = self.stage_recipe.distillation
@@ -222,10 +221,7 @@ class Stage:
                 hint="leave it out, or convert to another target",
             )
 
-    def _show(self, data: DataRecipe, pictures: Pictures | None) -> None:
-=======
     def _show(self, data: DataRecipe, pictures: Pictures | None, world_size: int) -> None:
->>>>>>> wt-vl
         """Let every part of the model train, if the data have images."""
         if pictures is not None and data_have_images(data, pictures):
             check_images(self.recipe, self.stage_recipe, world_size)

@@ -183,14 +183,8 @@ def page(rows: list[Row], right_at_first: float, seconds: float, steps: float) -
         "# Stages for vision-language models, on a tiny LLaVA",
         "",
         f"`python -P tests/benchmarks/wrapped/vision_language.py{shorter}` trains a LLaVA of a vision transformer for handwritten",
-<<<<<<< HEAD
-        "digits, a random connector and the demo model by the shipped recipes of three papers, stage by stage, with the conversions",
-        f"between. Steps, rates and rows are made small ({ROWS} rows of {LENGTH} tokens a step); what trains, and how, is the",
-        "recipe's own.",
-=======
         "digits, a random connector and the demo model by the shipped recipes of three papers, stage by stage, conversions between.",
         f"Steps, rates and rows are made small ({ROWS} rows of {LENGTH} tokens a step); what trains, and how, is the recipe's own.",
->>>>>>> wt-vl
         "",
         "| recipe | stage | trains | steps | losses at its first step | at its last | held-out nats | right digits |",
         "|---|---|---|---|---|---|---|---|",
