@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 from upcycle.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from upcycle.branching.grow import grow
     from upcycle.calibration.compressing.observe_file import observe
     from upcycle.conversion.convert import convert
     from upcycle.conversion.jobs import plan
+    from upcycle.conversion.merge_adapter import merge
     from upcycle.conversion.verify import verify
     from upcycle.evaluation.compare import compare
     from upcycle.evaluation.compressing.compare_compressions import compare_compressions
@@ -33,6 +35,8 @@ __all__ = [
     "convert",
     "evaluate",
     "export",
+    "grow",
+    "merge",
     "observe",
     "offload",
     "plan",
@@ -60,6 +64,8 @@ _FUNCTIONS = {
     "convert": "conversion.convert",
     "evaluate": "evaluation.evaluate",
     "export": "trainers.checkpoints.export",
+    "grow": "branching.grow",
+    "merge": "conversion.merge_adapter",
     "observe": "calibration.compressing.observe_file",
     "offload": "inference.offloading.offload",
     "plan": "conversion.jobs",
