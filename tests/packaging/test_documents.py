@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner
+from picture_chats import pictured_llava
 from pictures import LARGEST, SHOTS
 from wrapped_models import small_model
 
@@ -347,6 +348,8 @@ def test_shipped_recipes_work(path: Path, pico_moe: Callable[[str], Path], tmp_p
     assert path.read_text().startswith("# ")
     parse_recipe({"source": "demo", **content}, str(path))
     source = str(pico_moe("mixtral")) if load("method", content["method"]).takes == "moe" else "demo"
+    if isinstance(content.get("part"), list):  # of a model of parts alone
+        source = str(pictured_llava(tmp_path / "llava"))
     if "expert_choice" in str(content.get("routing")):  # not for what writes token by token
         small_model("vit").save_pretrained(tmp_path / "vit")
         source = str(tmp_path / "vit")

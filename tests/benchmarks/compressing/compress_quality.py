@@ -188,6 +188,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=32768, help="calibration tokens")
     parser.add_argument("--measured", type=int, default=MEASURED, help="tokens of each text  [default: 8,192]")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--refits", nargs="+", default=["none", "down", "blocks"])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rows", type=Path, help="rows are added to this file, and those in it are not measured again")
     options = parser.parse_args()
@@ -207,7 +208,9 @@ def main() -> int:
         print(f"observed once in {time.monotonic() - started:.0f} s", flush=True)
         for keep in KEPT:
             for method in options.methods:
-                for refit in ("none", "down", *(("blocks",) if method in TRAINED else ())):
+                for refit in options.refits:
+                    if refit == "blocks" and method not in TRAINED:
+                        continue
                     if (one := known.get((method, refit, keep))) is not None:
                         results.append(one)
                         continue

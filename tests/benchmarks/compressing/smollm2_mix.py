@@ -8,8 +8,8 @@ with each adapter become four experts (``branch_train_mix``), two per token, cho
 
 prints the perplexities of all models, and the mix's folder last. What compressions of it lose:
 
-    python -P tests/benchmarks/compressing/compress_quality.py --model smollm2-mix --tokens 8192 --measured 2048 \\
-        --methods random_experts frequency reap naee m_smoe slim lower_top_k --out docs/measured/compress_smollm2_mix.md
+    python -P tests/benchmarks/compressing/compress_quality.py --model smollm2-mix --tokens 4096 --measured 1024 \\
+        --methods reap m_smoe slim --refits none down --out docs/measured/compress_smollm2_mix.md
 """
 
 from __future__ import annotations
