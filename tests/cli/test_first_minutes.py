@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,7 @@ def test_a_log_has_a_line_of_progress_every_half_minute(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
-    clock = iter([0.0, 12.0, 31.0, 40.0, 62.0, 70.0, 80.0])
+    clock = chain([0.0, 12.0, 31.0, 40.0, 62.0, 70.0], repeat(80.0))
     monkeypatch.setattr(output, "monotonic", lambda: next(clock))
     bars = output.ProgressBars(quiet=False)
     with bars.phase("refitting [layers]", 6):
@@ -167,7 +168,7 @@ def test_a_log_has_a_line_of_progress_every_half_minute(
         "refitting [layers]: 2 of 6, about 1 min 02 s left",
         "refitting [layers]: 4 of 6, about 31.0 s left",
     ]
-    clock = iter([0.0, 31.0])
+    clock = chain([0.0], repeat(31.0))
     quiet = output.ProgressBars(quiet=True)
     with quiet.phase("refitting", 2):
         quiet.advance()

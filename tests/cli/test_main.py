@@ -239,12 +239,12 @@ def test_usage_errors(arguments: list[str], code: int, capsys: pytest.CaptureFix
 def test_a_fault_of_ours_is_one_message_and_a_traceback_only_with_debug(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from upcycle.conversion import jobs
+    from upcycle.evaluation.forecast import forecast
 
     def fail(_: Recipe) -> None:
         raise ZeroDivisionError("by nothing")
 
-    monkeypatch.setattr(jobs, "job_of", fail)
+    monkeypatch.setattr(forecast, "job_of", fail)
     with pytest.raises(SystemExit) as caught:
         main(["plan", "demo"])
     assert caught.value.code == 1

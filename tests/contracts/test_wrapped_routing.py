@@ -43,6 +43,7 @@ ALL_ON: dict[str, dict[str, Any]] = {
     "top_k, sigmoid": {"routing": {"scores": "sigmoid"}, "top_k": E, "router": "zero"},
     "top_k, plain sigmoid": {"routing": {"scores": "sigmoid", "normalized": False}, "top_k": E, "router": "zero"},
     "top_k, plain softmax": {"routing": {"normalized": False}, "top_k": E, "router": "zero"},
+    "top_k of normalised logits": {"routing": {"spread": 1}, "top_k": E, "router": "zero"},
 }
 
 
@@ -68,10 +69,10 @@ def ids() -> torch.Tensor:
 
 
 def test_every_rule_is_asked_for() -> None:
-    asked = {
-        keys["routing"] if isinstance(keys["routing"], str) else keys["routing"].get("rule", "top_k")
-        for keys in ALL_ON.values()
-    }
+    asked = set()
+    for keys in ALL_ON.values():
+        routing = {"rule": keys["routing"]} if isinstance(keys["routing"], str) else keys["routing"]
+        asked.add("standardized_top_k" if "spread" in routing else routing.get("rule", "top_k"))
     assert asked == set(RULES) - OF_COMPRESSED
 
 
@@ -104,9 +105,10 @@ def test_copies_under_every_rule_are_the_dense_model(rule: str, tmp_path: Path, 
     encoder = not RULES[rule].per_token
     dense = source("bert" if encoder else "gpt2", pico, tmp_path)
     routing: dict[str, Any] = {"scores": "sigmoid", "normalized": False} if rule == "top_k" else {"rule": rule}
+    routing = {"spread": 1} if rule == "standardized_top_k" else routing
     routing |= {"capacity_factor": 4} if encoder else {}
     told = {"experts": 4, "router": "zero", "routing": routing, "target": "upcycle_moe", **QUICK}
-    told |= {"top_k": 4} if rule == "top_k" else {}
+    told |= {"top_k": 4} if rule.endswith("top_k") else {}
     upcycle.convert(str(dense), tmp_path / "out", **told)
     head = AutoModelForMaskedLM if encoder else AutoModelForCausalLM
     expected = logits(dense, ids(), head=head)

@@ -23,6 +23,7 @@ class RoutingKeys(TypedDict, total=False):
     rule: Literal["top_k", "dynamic_k", "threshold", "relu", "expert_choice"]
     scores: Literal["softmax", "sigmoid", "ones"] | None
     normalized: bool | None
+    spread: float | None
     tau: float | None
     threshold: float | None
     capacity_factor: float | None

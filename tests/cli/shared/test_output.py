@@ -85,7 +85,7 @@ PRINTERS: dict[str, Callable[[str], Any]] = {
     "print_message": output.print_message,
     "ProgressBars": _in_a_phase,
 }
-SILENT = {"prepare_streams", "stdout_width", "is_coloured", "flush_streams", "styled", "verdict"}
+SILENT = {"prepare_streams", "stdout_width", "is_coloured", "flush_streams", "styled", "verdict", "working"}
 
 
 def test_every_printer_is_tried() -> None:

@@ -72,7 +72,7 @@ def test_copies_are_not_calibrated(still: None) -> None:
 
 def test_what_is_not_known_says_why() -> None:
     found = forecast(job_of(recipe(method="static_prune", active=0.5, calibration="demo")))
-    assert found == Forecast({}, "only conversions of one model into experts are forecast")
+    assert found == Forecast({}, "only copies and splits are")
     written = SPLIT | {"calibration": {"text": ["self", "demo"], "tokens": 4096}}
     assert "writes itself" in str(forecast(job(**written)).unknown)
     odd = job(**SPLIT)

@@ -81,7 +81,7 @@ def test_an_entry_is_read_and_written_whole() -> None:
         ({"widths": [16, 16]}, "widths' and 'experts' are both there"),
         ({"width": -1}, "width' must be a positive integer, got -1"),
         ({"shared_width": 2.5}, "shared_width' must be an integer that is not negative"),
-        ({"routing": {"rule": "best"}}, "routing.rule' is 'best'; rules: top_k, dynamic_k, threshold, relu"),
+        ({"routing": {"rule": "best"}}, "routing.rule' is 'best'; rules: top_k, tempered, dynamic_k, threshold, relu"),
         ({"routing": {"rule": "top_k", "top_k": 5}}, "routing' is wrong: 'top_k' is 5, and there are 4 experts"),
         ({"routing": {"rule": "relu", "tau": 1}}, "'tau' is no parameter of the rule relu"),
         ({"routing": "top_k"}, "routing' must be a mapping, got 'top_k'"),

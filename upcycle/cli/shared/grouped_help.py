@@ -19,7 +19,7 @@ OPTION_GROUPS = {
     "What is read and written": "source_flag revision family part target layout dtype max_shard_size tokenizer blueprint "
     "overwrite restart",
     "Verification": "verification__text verification__tokens no_verify",
-    "The run": "dry_run seed set_ quiet as_json debug help",
+    "The run": "dry_run timed seed set_ quiet as_json debug help",
 }
 
 

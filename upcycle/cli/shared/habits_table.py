@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from upcycle.evaluation.routing_habits import WINDOW_PARTS, RoutingHabits
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from upcycle.evaluation.routing_habits import RoutingHabits
 
 
 def habit_tables(habits: RoutingHabits) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -28,7 +31,7 @@ def habit_tables(habits: RoutingHabits) -> list[tuple[str, list[str], list[list[
         "by majority",
         "information",
         "dropped",
-        *(f"fifth {n + 1}" for n in range(WINDOW_PARTS)),
+        *(f"fifth {n + 1}" for n in range(len(habits.layers[0].dropped_by_part))),
     ]
     about = (
         f"\nfirst experts of {habits.seen_tokens:,} tokens as their ids say, and choices without room at capacity "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from upcycle.conversion.jobs import job_of
 from upcycle.errors import UpcycleError
@@ -19,7 +19,7 @@ from upcycle.evaluation.forecast.probes import (
 from upcycle.formatting import duration
 from upcycle.hardware.clocks import clock
 from upcycle.planning.cost import MOST_CACHE_BYTES
-from upcycle.planning.expert_job import ExpertJob
+from upcycle.planning.job import method_of
 from upcycle.planning.open_sources import all_local, open_sources
 from upcycle.progress import SILENT
 from upcycle.text.reading.plain_text import SELF_WRITTEN
@@ -27,8 +27,10 @@ from upcycle.text.reading.plain_text import SELF_WRITTEN
 if TYPE_CHECKING:
     from upcycle.conversion.job import ConversionJob
     from upcycle.planning.cost import Plan
+    from upcycle.planning.expert_job import ExpertJob
     from upcycle.recipe.conversion_recipe import Recipe
 
+_FORECAST = ("copies", "partition", "overlap")  # kinds of methods, whose jobs put experts in the place of FFNs
 WORTH_IT = 1e12  # parameters times calibration tokens: some ten seconds on a small processor
 _BESIDE = 1.25  # norms, rotations, softmax and sums beside a layer's matrix products
 _STREAMS = 5  # vectors that a calibrated layer writes and reads back for every token
@@ -70,13 +72,15 @@ def forecast(job: ConversionJob, opening: float = 0.0) -> Forecast:
     Raises:
         UpcycleError: the text cannot be read.
     """
-    if reason := _unlike(job):
+    if method_of(job.recipe).kind not in _FORECAST:
+        return Forecast({}, "only copies and splits are")
+    divided = cast("ExpertJob", job)
+    if reason := _unlike(divided):
         return Forecast({}, reason)
-    assert isinstance(job, ExpertJob)
     now = clock()
     start = now()
-    tokens = _calibration_tokens(job)
-    return Forecast({"opening": opening + now() - start, **_phases(job, tokens)})
+    tokens = _calibration_tokens(divided)
+    return Forecast({"opening": opening + now() - start, **_phases(divided, tokens)})
 
 
 def forecast_of(recipe: Recipe, least: float) -> Forecast | None:
@@ -108,10 +112,8 @@ def calibrating_seconds(job: ExpertJob, tokens: int) -> float | None:
     return _calibrating(job, tokens, _attention(job, product), layer_times(job), byte_times().streamed)
 
 
-def _unlike(job: object) -> str | None:
-    """Return which kind of conversion this is, where nothing is known of its time."""
-    if not isinstance(job, ExpertJob) or job.method.kind not in ("copies", "partition", "overlap"):
-        return "only conversions of one model into experts are forecast"
+def _unlike(job: ExpertJob) -> str | None:
+    """Return what is unlike in a conversion, where nothing is known of its time."""
     family, calibrated = job.family, job.calibrated
     reasons = {
         "what several sources or attention's projections take is not forecast": job.members

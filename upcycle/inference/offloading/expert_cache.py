@@ -23,7 +23,7 @@ from upcycle.inference.offloading.loading import ExpertLoad, Loader
 BufferReader = Callable[[int, int, torch.Tensor], Callable[[], None]]
 
 
-@dataclass
+@dataclass(eq=False)  # one is another only if it is the same: tensors have no one answer
 class Held:
     """An expert in a buffer; ``used`` is the token that last chose it, with a running number for those of one token."""
 
