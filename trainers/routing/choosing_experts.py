@@ -64,6 +64,7 @@ def chosen_by_experts(
 
 def keep_corrections(layer: MoeLayer, kept: dict[int, torch.Tensor]) -> Any:
     """Keep what a layer's predictor computes in training, by the layer's index; returns the handle of the hook."""
+
     def keep(module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         kept.pop(layer.index, None)
         if module.training:

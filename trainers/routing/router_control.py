@@ -96,9 +96,7 @@ class RouterControl:
         """
         self._real, self._keys = real, keys
 
-    def did(
-        self, layer: int
-    ) -> tuple[Noise | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    def did(self, layer: int) -> tuple[Noise | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """A layer's noise in the last pass, which choices were dispatched, which ones chance held back, and its predictor's output."""
         return self.noise.get(layer), self.kept.get(layer), self.skipped.get(layer), self.corrections.get(layer)
 

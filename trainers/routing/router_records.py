@@ -26,8 +26,9 @@ class RouterRecord:
     ``logits`` ``[T, E]`` are what the router's rows gave (normalised, if they are, and before noise), ``weights`` and
     ``experts`` ``[T, K]`` what the block then used, in no particular order. ``noise`` is what was added to the logits for
     the choice, ``kept`` (bool ``[T, K]``) which choices were dispatched, where capacity or chance may hold some back, and
-    ``skipped`` (likewise) those that chance held back. ``correction`` ``[T, E]`` is what its predictor of expert choice said, where experts choose. ``part`` is the part of the model that the router is in, and ``own_real`` which
-    of its tokens count, bool ``[B', S']``, where they are not those of the rows: an encoder's are those of images.
+    ``skipped`` (likewise) those that chance held back. ``correction`` ``[T, E]`` is what
+    its predictor of expert choice said, where experts choose. ``part`` is the part of the model that the router is in, and
+    ``own_real`` which of its tokens count, bool ``[B', S']``, where they are not those of the rows: an encoder's are those of images.
     """
 
     layer: int

@@ -20,7 +20,8 @@ _READ = (ReluRule, ThresholdRule, CausalChoiceRule)
 class VaryingRule(RoutingRule):
     """A rule under which K is E, and the id E in the place of an expert stands for none.
 
-    Scores are what the weights are before any expert is left out: ReLU's outputs (ReMoE), or the softmax of all logits (DS-MoE, predicted expert choice).
+    Scores are what the weights are before any expert is left out: ReLU's outputs (ReMoE), or the softmax of all logits (DS-MoE, and
+    expert choice that is predicted).
     Probabilities are their shares; of a token without any, 0.
     """
 

@@ -64,7 +64,8 @@ class RoutingRecipe(StrictSettings):
         None,
         gt=0,
         allow_inf_nan=False,
-        description="of expert_choice and causal_choice: how many experts take a token, in the mean; as many as there are: all (default 2)",
+        description="of expert_choice and causal_choice: how many experts take a token, in the mean; as many as there are: all "
+        "(default 2)",
     )
     group: Literal["sequence", "batch"] | None = Field(
         None,

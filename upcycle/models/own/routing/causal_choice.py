@@ -12,6 +12,8 @@ from torch.nn import functional
 from upcycle.models.own.routing.base import RoutedTokens, RouterRule, weighted
 from upcycle.models.own.routing.expert_choice import ExpertChoiceRule
 
+_TIE = 1e-6  # experts of equal logits all run, although rounding moves their log odds a little
+
 
 @dataclass(frozen=True)
 class CausalChoiceRule(RouterRule):
@@ -19,13 +21,13 @@ class CausalChoiceRule(RouterRule):
 
     Of expert choice, only who takes a token looks at other tokens: what experts weigh is the softmax p of the token's own logits,
     divided by the sum of those that run. So that part alone is predicted, as in Mixture-of-Depths' second way (section 3.5):
-    expert e runs where ``sigmoid(log(E p_e) + w_e x + b_e)`` is above ``threshold``. The correction ``w x + b`` is 0 at
-    first: experts then run whose share is above 1/E, the largest among them. Training teaches it
+    expert e runs where ``sigmoid(log(E p_e) + w_e x + b_e)`` is at least ``threshold``. The correction ``w x + b`` is 0 at
+    first: experts then run whose share is at least 1/E, the largest among them. Training teaches it
     (:class:`~upcycle.trainers.losses.choice_prediction.ChoicePrediction`), while experts do choose.
 
     Attributes:
         capacity_factor: how many experts take a token, in the mean, by the expert choice that is predicted.
-        threshold: the least probability; 0 runs all experts, from 0.5 on a token may have none.
+        threshold: the least probability; 0 runs all experts, by any other a token may have none.
     """
 
     name, title, paper = "causal_choice", "causal expert choice", "https://arxiv.org/abs/2404.02258"
@@ -58,7 +60,7 @@ class CausalChoiceRule(RouterRule):
 
     def all_alike(self, experts: int, equal_logits: bool) -> bool:
         """See :class:`~upcycle.models.own.routing.base.RouterRule`."""
-        return equal_logits and self.threshold == 0
+        return equal_logits and self.threshold <= 0.5  # until something is learnt
 
     @property
     def says(self) -> str:
@@ -78,15 +80,14 @@ class CausalChoiceRule(RouterRule):
     def route(self, logits: torch.Tensor, correction: torch.Tensor | None = None) -> RoutedTokens:
         """See :class:`~upcycle.models.own.routing.base.RouterRule`; ``correction`` ``[T, E]`` is ``w x + b``, and 0 if left out."""
         scores = logits.softmax(-1)
-        active = predictions(logits.detach(), correction).sigmoid() > self.threshold
-        if not self.threshold:
-            active = torch.ones_like(active)
+        odds = math.log(self.threshold / (1 - self.threshold)) if self.threshold else -math.inf
+        active = predictions(logits.detach(), correction) > odds - _TIE
         sums = scores.masked_fill(~active, 0.0).sum(-1, keepdim=True)
         return weighted(scores / sums.masked_fill(sums == 0, 1.0), active)
 
 
 def predictions(logits: torch.Tensor, correction: torch.Tensor | None) -> torch.Tensor:
-    """Return the log odds ``[T, E]``, in the dtype of ``logits``, that an expert takes a token, from logits and corrections ``[T, E]``."""
+    """Return the log odds that experts take tokens, ``[T, E]`` in the dtype of ``logits``, from logits and corrections ``[T, E]``."""
     own = logits.log_softmax(-1) + math.log(logits.shape[-1])
     return own if correction is None else own + correction.to(own.dtype)
 
