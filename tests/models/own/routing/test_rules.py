@@ -116,11 +116,10 @@ def restated(rule: RouterRule, z: list[float]) -> list[float]:
     top = max(z)
     soft = [math.exp(one - top) for one in z]
     soft = [one / sum(soft) for one in soft]
-    if isinstance(rule, CausalChoiceRule):
-        return causal_choice(rule, soft, [0.0] * len(z))
     match rule:
-        case BiasedTopKRule():
-            return biased_top_k(rule, soft, z)
+        case BiasedTopKRule() | CausalChoiceRule():
+            biased = isinstance(rule, BiasedTopKRule)
+            return biased_top_k(rule, soft, z) if biased else causal_choice(rule, soft, [0.0] * len(z))
         case TemperedRule():
             warm = [math.exp((one - top) / rule.temperature) for one in z]
             chosen = sorted(range(len(z)), key=lambda e: -z[e])[: rule.top_k]
