@@ -218,6 +218,7 @@ LOSSES = {
     "mutual_information": "upcycle.trainers.losses.mutual_information:MutualInformation",
     "router_z": "upcycle.trainers.losses.router_z:RouterZ",
     "hoyer": "upcycle.trainers.losses.hoyer:Hoyer",
+    "choice_prediction": "upcycle.trainers.losses.choice_prediction:ChoicePrediction",
 }
 KINDS = {
     "method": METHODS,

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from upcycle.models.own.routing.causal_choice import CausalChoiceRule
 from upcycle.models.own.routing.relu import ReluRule
 from upcycle.registry import LOSSES, load
 from upcycle.trainers.distributed.reduction import Reduction
@@ -31,8 +32,11 @@ AT_BALANCE = {
     "load_cv2": 0.0,
     "mutual_information": -torch.tensor(float(E), dtype=torch.float64).log().item(),
 }
-NOT_BALANCES = {"router_z", "hoyer", "relu_l1"}
-VARYING = {"relu_l1"}  # of routers that run a varying number of experts, whose choices are never dropped
+NOT_BALANCES = {"router_z", "hoyer", "relu_l1", "choice_prediction"}
+VARYING = {
+    "relu_l1",
+    "choice_prediction",
+}  # of routers that run a varying number of experts, whose choices are never dropped
 DRAWN = torch.randn(T, E, dtype=torch.float64, generator=torch.Generator().manual_seed(10))
 KEPT = torch.rand(T, K, generator=torch.Generator().manual_seed(11)) > 0.3
 ALL = torch.ones(T, dtype=torch.bool)
@@ -48,6 +52,11 @@ def recorded(loss: Loss, z: torch.Tensor, rows: torch.Tensor = ALL, score: Any =
     """As a pass over the tokens ``rows`` would record it: z are logits, or pre-activations of ReLU neurons."""
     if loss.reads == "activations":
         return ActivationRecord(0, z, z.relu())
+    if loss.name == "choice_prediction":  # z is what the predictor says; who was chosen comes from elsewhere
+        predicted = varying_rule(CausalChoiceRule(), E)
+        assert predicted
+        logits = DRAWN[rows].to(z.dtype)
+        return RouterRecord(0, logits, *predicted.route(logits), predicted, correction=z)
     if loss.name in VARYING:
         varying = varying_rule(ReluRule(), E)
         assert varying
@@ -147,6 +156,7 @@ def test_two_unequal_ranks_compute_the_loss_of_the_whole(name: str, z: torch.Ten
 
 
 MEANS: list[tuple[str, dict[str, Any]]] = [("router_z", {}), ("hoyer", {}), ("switch_balance", {"scope": "sequence"})]
+MEANS.append(("choice_prediction", {}))
 DIVIDED = [*((*each, "whole") for each in [*LOADS, *MEANS[1:]]), *((*each, "means") for each in MEANS)]
 
 

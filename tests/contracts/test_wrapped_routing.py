@@ -33,6 +33,8 @@ ALL_ON: dict[str, dict[str, Any]] = {
     "dynamic_k of equal norms": {"routing": {"rule": "dynamic_k", "tau": 0.7}, "router": "zero"},
     "threshold": {"routing": "threshold", "router": "zero"},
     "relu": {"routing": "relu", "router": "zero"},
+    "causal_choice": {"routing": {"rule": "causal_choice", "threshold": 0}, "router": "zero"},
+    "causal_choice, untaught": {"routing": "causal_choice", "router": "zero"},
     "expert_choice": {"routing": {"rule": "expert_choice", "capacity_factor": E}, "router": "zero"},
     "expert_choice, plain": {
         "routing": {"rule": "expert_choice", "capacity_factor": E, "normalized": False, "group": "batch"},

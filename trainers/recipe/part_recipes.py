@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -66,10 +67,11 @@ class ControlParameters(PluginParameters):
         description="a token's experts after its first: all of top-k, each at random with a chance of twice its share of the weight "
         "(GShard), or sampled in proportion to their scores (DeepSpeed)",
     )
-    choice: Literal["top_k", "soft", "sample"] = Field(
+    choice: Literal["top_k", "soft", "sample", "expert_choice"] = Field(
         "top_k",
         description="BTX's routers: top_k as the model has it; soft: all experts, in validation, too; sample: in training one, drawn "
-        "by Gumbel noise (Sample-Top-1)",
+        "by Gumbel noise (Sample-Top-1). Or expert_choice: in training, experts choose the tokens of a row; for models of the rule "
+        "causal_choice, beside the loss choice_prediction",
     )
     temperature_rate: float = Field(
         1e-4, ge=0, description="of sample: the temperature is exp(-rate * steps of the stage), from 1 on"
@@ -136,6 +138,18 @@ class ControlParameters(PluginParameters):
                     f"{given[0]} changes a choice of top-k, and choice is {self.choice}; leave one of them out"
                 )
         return self
+
+    def check_taught(self, losses: Collection[str], stage: str) -> None:
+        """Refuse expert choice without the loss that teaches routers to predict it, and the loss without expert choice.
+
+        Raises:
+            ValueError: see above; it names the ``stage``.
+        """
+        if (self.choice == "expert_choice") != ("choice_prediction" in losses):
+            raise ValueError(
+                f"stage '{stage}': control.choice expert_choice and losses.choice_prediction go together: the loss teaches the "
+                "routers that take expert choice's place when text is written"
+            )
 
 
 class DistillationParameters(PluginParameters):

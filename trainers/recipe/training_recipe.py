@@ -189,6 +189,7 @@ class StageRecipe(StrictSettings):
         unknown = [n for some in (self.losses, *self.tower_losses.values()) for n in some if n not in LOSSES]
         if unknown:
             raise ValueError(f"losses: unknown loss '{unknown[0]}'; {suggestion(unknown[0], LOSSES)}")
+        self.control.check_taught(self.losses, self.name)
         if self.preset and self.preset.name not in PRESETS:
             raise ValueError(f"preset: unknown '{self.preset.name}'; {suggestion(self.preset.name, PRESETS)}")
         return self

@@ -22,7 +22,7 @@ def check_choice(options: ControlParameters, layer: MoeLayer) -> str | None:
         UsageError: see above.
     """
     rule = layer.rule
-    if options.choice == "top_k":
+    if options.choice in ("top_k", "expert_choice"):
         return None
     if rule.constant is not None or rule.bias() is not None:
         raise UsageError(

@@ -18,6 +18,7 @@ from upcycle.models.own.routing.standardized import normalized_logits
 from upcycle.trainers.data.keyed_random import random_words
 from upcycle.trainers.recipe.part_recipes import ControlParameters
 from upcycle.trainers.routing.capacity import within_capacity
+from upcycle.trainers.routing.choosing_experts import check_choosing, chosen_by_experts, keep_corrections
 from upcycle.trainers.routing.cluster_dropout import check_clusters, without_dropped
 from upcycle.trainers.routing.dense_gradients import attach_dense_gradients, check_dense_gradients
 from upcycle.trainers.routing.expert_dropout import drop_inside
@@ -59,6 +60,8 @@ class RouterControl:
 
     - choice: sample: BTX's Sample-Top-1, see :func:`upcycle.trainers.routing.other_choices.sampled_top_1`. Validation and the
       exported model take the most probable expert at weight 1; the paper draws there, too.
+    - choice: expert_choice: see :mod:`upcycle.trainers.routing.choosing_experts`. Validation and the exported model follow the
+      router that learns to predict it.
     - dense gradients: DenseMixer's, see :mod:`upcycle.trainers.routing.dense_gradients`.
 
     In validation, too, as the paper's model has it:
@@ -73,6 +76,7 @@ class RouterControl:
         self.noise: dict[int, Noise] = {}  # of the last pass, by layer
         self.kept: dict[int, torch.Tensor] = {}  # bool [T, K], likewise
         self.skipped: dict[int, torch.Tensor] = {}  # bool [T, K], likewise
+        self.corrections: dict[int, torch.Tensor] = {}  # [T, E], where experts choose
         self._real: torch.Tensor | None = None
         self._keys: Sequence[object] = ()
         self.step = 0  # steps before the present one, in the stage
@@ -92,9 +96,9 @@ class RouterControl:
         """
         self._real, self._keys = real, keys
 
-    def did(self, layer: int) -> tuple[Noise | None, torch.Tensor | None, torch.Tensor | None]:
-        """A layer's noise in the last pass, which choices were dispatched, and which ones chance held back."""
-        return self.noise.get(layer), self.kept.get(layer), self.skipped.get(layer)
+    def did(self, layer: int) -> tuple[Noise | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """A layer's noise in the last pass, which choices were dispatched, which ones chance held back, and its predictor's output."""
+        return self.noise.get(layer), self.kept.get(layer), self.skipped.get(layer), self.corrections.get(layer)
 
     def attach(self, layer: MoeLayer) -> None:
         """Act on one router from now on.
@@ -103,7 +107,9 @@ class RouterControl:
             UsageError: the architecture cannot express normalised logits, and that was not accepted.
         """
         options, rule = self.parameters, layer.rule
-        if rule.varies and options != ControlParameters():
+        check_choosing(options, rule)
+        choosing = options.choice == "expert_choice"
+        if rule.varies and not choosing and options != ControlParameters():
             raise UsageError(
                 "control: it changes which of a fixed number of experts a token has; these routers run as many as their logits say",
                 hint="leave control out",
@@ -132,6 +138,8 @@ class RouterControl:
                 "normalize_logits acts in training and validation; the exported model chooses the same experts but weighs them "
                 "by logits that are not normalised: evaluate it before you use it"
             )
+        if choosing:
+            self._handles.append(keep_corrections(layer, self.corrections))
         if options.cluster_dropout:
             check_clusters(options, layer)
         self.unexported = check_choice(options, layer) or self.unexported
@@ -215,6 +223,10 @@ class RouterControl:
         dropping = training and options.cluster_dropout
         if dropping:
             routed = without_dropped(routed, options, layer.index, self.step)
+        if options.choice == "expert_choice":
+            if training:
+                weights, experts = chosen_by_experts(rule, logits, self._real)
+            return logits, weights.to(dtype), experts
         if options.choice == "soft" or (options.soft_first and layer.index == self._first):
             weights, experts = soft(rule, routed)
             return logits, weights.to(dtype), experts

@@ -26,8 +26,9 @@ class RouterRecord:
     ``logits`` ``[T, E]`` are what the router's rows gave (normalised, if they are, and before noise), ``weights`` and
     ``experts`` ``[T, K]`` what the block then used, in no particular order. ``noise`` is what was added to the logits for
     the choice, ``kept`` (bool ``[T, K]``) which choices were dispatched, where capacity or chance may hold some back, and
-    ``skipped`` (likewise) those that chance held back. ``part`` is the part of the model that the router is in, and ``own_real`` which
-    of its tokens count, bool ``[B', S']``, where they are not those of the rows: an encoder's are those of images.
+    ``skipped`` (likewise) those that chance held back. ``correction`` ``[T, E]`` is what
+    its predictor of expert choice said, where experts choose. ``part`` is the part of the model that the router is in, and
+    ``own_real`` which of its tokens count, bool ``[B', S']``, where they are not those of the rows: an encoder's are those of images.
     """
 
     layer: int
@@ -38,6 +39,7 @@ class RouterRecord:
     noise: Noise | None = None
     kept: torch.Tensor | None = None
     skipped: torch.Tensor | None = None
+    correction: torch.Tensor | None = None
     part: ModelPart = "language"
     own_real: torch.Tensor | None = None
 
@@ -125,7 +127,7 @@ def _reader(layer: MoeLayer, control: RouterControl | None) -> Callable[..., Rou
     def read(
         logits: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, length: int | None = None
     ) -> RouterRecord:
-        did = control.did(layer.index) if control else (None, None, None)
+        did = control.did(layer.index) if control else (None, None, None, None)
         real = None
         if layer.part != "language":
             real = torch.ones(len(logits) // (length or len(logits)), length or len(logits), dtype=torch.bool)

@@ -7,19 +7,21 @@ from dataclasses import dataclass, field
 import torch
 
 from upcycle.models.own.routing.base import RouterRule
+from upcycle.models.own.routing.causal_choice import CausalChoiceRule
 from upcycle.models.own.routing.relu import ReluRule
 from upcycle.models.own.routing.threshold import ThresholdRule
 from upcycle.trainers.routing.routing_rule import RoutingRule, widened
 
 # dynamic_k is not here: its logits are predicted norms, which losses on routers would move away from what they predict.
-_READ = (ReluRule, ThresholdRule)
+_READ = (ReluRule, ThresholdRule, CausalChoiceRule)
 
 
 @dataclass(frozen=True)
 class VaryingRule(RoutingRule):
     """A rule under which K is E, and the id E in the place of an expert stands for none.
 
-    Scores are what the weights are before any expert is left out: ReLU's outputs (ReMoE), or the softmax of all logits (DS-MoE).
+    Scores are what the weights are before any expert is left out: ReLU's outputs (ReMoE), or the softmax of all logits (DS-MoE, and
+    expert choice that is predicted).
     Probabilities are their shares; of a token without any, 0.
     """
 

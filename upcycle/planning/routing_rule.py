@@ -125,7 +125,9 @@ def check_causal(recipe: Recipe, dense: DenseConfig, shape: MoeShape) -> None:
         f"by the rule {rule.name} the experts of a token depend on the tokens behind it, and "
         + ("a decoder does not know them" if both else "a causal model does not know them")
         + ": it would write by another routing than it reads",
-        hint="part: encoder, which converts the encoder alone" if both else "--routing top_k; the rule is for encoders",
+        hint="part: encoder, which converts the encoder alone"
+        if both
+        else "--routing causal_choice, whose routers learn beside expert choice to do without later tokens, or --routing top_k",
     )
 
 

@@ -20,7 +20,7 @@ class RouterKeys(TypedDict, total=False):
 class RoutingKeys(TypedDict, total=False):
     """Keys of ``routing``."""
 
-    rule: Literal["top_k", "dynamic_k", "threshold", "relu", "expert_choice"]
+    rule: Literal["top_k", "dynamic_k", "threshold", "relu", "expert_choice", "causal_choice"]
     scores: Literal["softmax", "sigmoid", "ones"] | None
     normalized: bool | None
     spread: float | None

@@ -25,10 +25,11 @@ class RouterRecipe(StrictSettings):
 class RoutingRecipe(StrictSettings):
     """Names a routing rule: which experts run for a token, and what they weigh. All but plain top-k need upcycle_moe."""
 
-    rule: Literal["top_k", "dynamic_k", "threshold", "relu", "expert_choice"] = Field(
+    rule: Literal["top_k", "dynamic_k", "threshold", "relu", "expert_choice", "causal_choice"] = Field(
         "top_k",
         description="top_k experts; dynamic_k: all whose predicted norm is near the largest (D2DMoE); threshold on the softmax "
-        "(DS-MoE); relu: all with a positive logit, at that weight (ReMoE); expert_choice: experts choose tokens (encoders only). "
+        "(DS-MoE); relu: all with a positive logit, at that weight (ReMoE); expert_choice: experts choose tokens (encoders only); "
+        "causal_choice: those predicted to choose the token, after training (upcycle train causal_choice). "
         "All but top_k as it is here need --target upcycle_moe",
     )
     scores: Literal["softmax", "sigmoid", "ones"] | None = Field(
@@ -55,14 +56,16 @@ class RoutingRecipe(StrictSettings):
         None,
         ge=0,
         allow_inf_nan=False,
-        description="of threshold: experts run whose softmax times their number is above it; 0: all (default 0.48)",
+        description="of threshold: experts run whose softmax times their number is above it; 0: all (default 0.48); of causal_choice: "
+        "those more probable to choose the token; 0: all (default 0.5)",
     )
 
     capacity_factor: float | None = Field(
         None,
         gt=0,
         allow_inf_nan=False,
-        description="of expert_choice: how many experts take a token, in the mean; as many as there are: all (default 2)",
+        description="of expert_choice and causal_choice: how many experts take a token, in the mean; as many as there are: all "
+        "(default 2)",
     )
     group: Literal["sequence", "batch"] | None = Field(
         None,
@@ -83,6 +86,7 @@ class RoutingRecipe(StrictSettings):
             "threshold": ("threshold",),
             "relu": (),
             "expert_choice": ("capacity_factor", "group", "normalized"),
+            "causal_choice": ("capacity_factor", "threshold"),
         }
         if odd := sorted(set(self.parameters) - set(known[self.rule])):
             has = f"it has {', '.join(known[self.rule])}" if known[self.rule] else "it has none"

@@ -10,6 +10,7 @@ from upcycle.ffn.router_network import LINEAR, RouterForm
 from upcycle.models.own.moe_block import KERNEL_ACTIVATIONS, MoeBlock
 from upcycle.models.own.replaced_ffn import Bias, ReplacedFfn
 from upcycle.models.own.routing.base import RouterRule
+from upcycle.models.own.routing.causal_choice import CausalChoiceRule
 from upcycle.models.own.routing.dynamic_k import DynamicKRule
 from upcycle.models.own.routing.expert_choice import ExpertChoiceRule
 from upcycle.models.own.routing.relu import ReluRule
@@ -29,6 +30,7 @@ RULES: list[RouterRule] = [
     ThresholdRule(0.8),
     ReluRule(),
     ExpertChoiceRule(1.5, "batch"),
+    CausalChoiceRule(threshold=0.4),
     SkipRule(2, beta=0.7),
 ]
 WIDTHS = ((4, 4, 4), (3, 1, 5))
@@ -67,7 +69,12 @@ def restated(made: MoeBlock, x: torch.Tensor) -> torch.Tensor:
         token if made.router.hidden is None else (made.router.hidden.weight @ (token / token.norm())).tanh()
         for token in x
     ]
-    ids, weights = made.rule.route(torch.stack([made.router.weight @ one + made.router.bias for one in read]))
+    logits = torch.stack([made.router.weight @ one + made.router.bias for one in read])
+    if isinstance(made.rule, CausalChoiceRule):
+        predictor = made.router.choice
+        ids, weights = made.rule.route(logits, torch.stack([predictor.weight @ one + predictor.bias for one in x]))
+    else:
+        ids, weights = made.rule.route(logits)
     for i, token in enumerate(x):
         for e, weight in zip(ids[i].tolist(), weights[i], strict=True):
             if e == experts.count:
@@ -145,7 +152,8 @@ def test_the_order_of_tokens_and_experts_does_not_matter(rule: RouterRule) -> No
     moved = block(rule, WIDTHS[1][::-1])
     with torch.no_grad():
         moved.load_state_dict(made.state_dict())
-        for name in ("router.weight", "router.bias", "experts.down_bias"):
+        predictor = ("router.choice.weight", "router.choice.bias") if made.rule.predicts_choice else ()
+        for name in ("router.weight", "router.bias", "experts.down_bias", *predictor):
             moved.get_parameter(name).copy_(made.get_parameter(name).flip(0))
         for name, rows in (("experts.gate_up", 2), ("experts.down", 1), ("experts.up_bias", 2)):
             pieces = made.get_parameter(name).split([rows * width for width in WIDTHS[1]])

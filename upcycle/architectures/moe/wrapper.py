@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -131,6 +132,10 @@ def block_tensors(prefix: str, d: int, out: int, shape: MoeShape) -> list[Output
     if router.bias is not None:
         filled = Part("filled", factor=router.bias, size=shape.experts)
         tensors.append(OutputTensor(f"{prefix}.router.bias", (shape.experts,), (filled,)))
+    if getattr(shape.rule, "predicts_choice", False):  # nothing is learnt of it yet
+        for name, size in (("weight", (shape.experts, d)), ("bias", (shape.experts,))):
+            zeros = Part("filled", factor=0.0, size=math.prod(size))
+            tensors.append(OutputTensor(f"{prefix}.router.choice.{name}", size, (zeros,)))
     if "output" in own:
         tensors.append(OutputTensor(f"{prefix}.output_bias", (out,), (Part("output_bias"),)))
     if form.biases & {"gate", "up"}:

@@ -61,6 +61,7 @@ TITLES = {
     "2402.14800": "Not All Experts are Equal: Efficient Expert Pruning and Skipping for Mixture-of-Experts Large Language Models",
     "2403.07816": "Branch-Train-MiX: Mixing Expert LLMs into a Mixture-of-Experts LLM",
     "2404.05089": "SEER-MoE: Sparse Expert Efficiency through Regularization for Mixture-of-Experts",
+    "2404.02258": "Mixture-of-Depths: Dynamically allocating compute in transformer-based language models",
     "2404.05567": "Dense Training, Sparse Inference: Rethinking Training of Mixture-of-Experts Language Models",
     "2404.06395": "MiniCPM: Unveiling the Potential of Small Language Models with Scalable Training Strategies",
     "2404.10830": "Fewer Truncations Improve Language Modeling",

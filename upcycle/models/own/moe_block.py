@@ -22,6 +22,7 @@ from upcycle.models.own.factored_experts import FactoredExperts
 from upcycle.models.own.replaced_ffn import ReplacedFfn
 from upcycle.models.own.routing.base import RouterRule
 from upcycle.models.own.routing.biased_top_k import BiasedTopKRule
+from upcycle.models.own.routing.causal_choice import CausalChoiceRule, ChoiceCorrection
 from upcycle.models.own.routing.skip import SkipRule
 
 IMPLEMENTATIONS = ("upcycle", "eager")
@@ -173,6 +174,7 @@ class TokenRouter(nn.Module):
         bias: ``[E]``, if the router has one.
         e_score_correction_bias: ``[E]``, what is added to the scores for the choice alone, if the rule has that; a buffer, as in
             stock classes.
+        choice: what predicts which experts choose a token, if the rule has that.
         rule: what makes weights and ids of the logits.
         form: whether there is a hidden layer.
         reads: d, the length of inputs.
@@ -186,6 +188,7 @@ class TokenRouter(nn.Module):
         self.bias = nn.Parameter(torch.zeros(ffn.experts)) if ffn.router_bias else None
         biased = isinstance(ffn.rule, BiasedTopKRule) and ffn.rule.biased
         self.e_score_correction_bias = nn.Buffer(torch.zeros(ffn.experts)) if biased else None
+        self.choice = ChoiceCorrection(ffn.experts, ffn.hidden_size) if ffn.rule.predicts_choice else None
         nn.init.normal_(self.weight, std=_SPREAD)
         self.hidden = None if form.linear else nn.Linear(ffn.hidden_size, form.width, bias=False)
         self.rule, self.form, self.reads = ffn.rule, form, ffn.hidden_size
@@ -202,6 +205,7 @@ class TokenRouter(nn.Module):
 
         Tokens that are ``protected`` ``[T]`` keep all their experts under a rule that leaves some out.
         """
+        correction = None if self.choice is None else self.choice(x)
         x = self.form.before(x)
         if self.hidden is not None:
             x = self.form.activated(self.hidden(x))
@@ -211,6 +215,8 @@ class TokenRouter(nn.Module):
             ids, weights = self.rule.route(logits, self.e_score_correction_bias, protected)
         elif isinstance(self.rule, BiasedTopKRule):
             ids, weights = self.rule.route(logits, self.e_score_correction_bias)
+        elif isinstance(self.rule, CausalChoiceRule):
+            ids, weights = self.rule.route(logits, correction)
         else:
             ids, weights = self.rule.route_sequences(logits, length or len(logits), real)
         return logits, weights, ids

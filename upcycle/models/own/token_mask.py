@@ -66,5 +66,5 @@ def check_not_causal(base: nn.Module, path: str, what: str) -> None:
     if any(getattr(module, "is_causal", False) is True for module in layer.modules()):
         raise CheckpointError(
             f"config.json: '{path}' is replaced by {what}, which looks at later tokens, and its layer's attention is causal",
-            hint="convert again with another rule, such as --routing top_k",
+            hint="convert again with another rule, such as --routing causal_choice, which predicts expert choice, or --routing top_k",
         )

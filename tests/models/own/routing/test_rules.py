@@ -9,6 +9,7 @@ import torch
 
 from upcycle.models.own.routing.base import RoutedTokens, RouterRule
 from upcycle.models.own.routing.biased_top_k import BiasedTopKRule
+from upcycle.models.own.routing.causal_choice import CausalChoiceRule
 from upcycle.models.own.routing.dynamic_k import DynamicKRule
 from upcycle.models.own.routing.expert_choice import ExpertChoiceRule
 from upcycle.models.own.routing.relu import ReluRule
@@ -43,6 +44,10 @@ EVERY: list[RouterRule] = [
     ExpertChoiceRule(0.5),
     ExpertChoiceRule(E),
     ExpertChoiceRule(E, normalized=False),
+    CausalChoiceRule(1.2),
+    CausalChoiceRule(threshold=0.3),
+    CausalChoiceRule(threshold=0.6),
+    CausalChoiceRule(threshold=0),
     BiasedTopKRule(2),
     BiasedTopKRule(2, "sigmoid", factor=1.5, epsilon=1e-3),
     BiasedTopKRule(3, "sigmoid", False, factor=2.0),
@@ -89,6 +94,15 @@ def biased_top_k(
     return [rule.factor * scores[e] / total if e in left else 0.0 for e in range(len(z))]
 
 
+def causal_choice(rule: CausalChoiceRule, soft: list[float], correction: list[float]) -> list[float]:
+    """One token's weights: shares of the softmax among experts that are probable enough to choose it."""
+    import math
+
+    odds = [len(soft) * p * math.exp(c) for p, c in zip(soft, correction, strict=True)]
+    left = [e for e, o in enumerate(odds) if o / (1 + o) >= rule.threshold]
+    return [p / sum(soft[c] for c in left) if e in left else 0.0 for e, p in enumerate(soft)]
+
+
 def restated(rule: RouterRule, z: list[float]) -> list[float]:
     """One token's weights by the rule's formula, in plain Python; 0 of an expert that does not run."""
     import math
@@ -103,8 +117,9 @@ def restated(rule: RouterRule, z: list[float]) -> list[float]:
     soft = [math.exp(one - top) for one in z]
     soft = [one / sum(soft) for one in soft]
     match rule:
-        case BiasedTopKRule():
-            return biased_top_k(rule, soft, z)
+        case BiasedTopKRule() | CausalChoiceRule():
+            biased = isinstance(rule, BiasedTopKRule)
+            return biased_top_k(rule, soft, z) if biased else causal_choice(rule, soft, [0.0] * len(z))
         case TemperedRule():
             warm = [math.exp((one - top) / rule.temperature) for one in z]
             chosen = sorted(range(len(z)), key=lambda e: -z[e])[: rule.top_k]
@@ -168,7 +183,8 @@ def test_sums_are_one_where_that_is_claimed(rule: RouterRule) -> None:
         sums, torch.ones_like(sums), rtol=1e-12
     )  # that one unless there are ties
     # With few tokens, all may be chosen by an expert, which nothing promises.
-    assert always_one == rule.sums_to_one(E) or (isinstance(rule, ExpertChoiceRule) and always_one)
+    by_chance = isinstance(rule, ExpertChoiceRule | CausalChoiceRule) and always_one
+    assert always_one == rule.sums_to_one(E) or by_chance
 
 
 @pytest.mark.parametrize("rule", EVERY, ids=str)
@@ -201,6 +217,9 @@ def test_gradients_are_finite_differences(rule: RouterRule) -> None:
         ("expert_choice", {"capacity_factor": True}, "'capacity_factor' must be a positive number"),
         ("expert_choice", {"group": "image"}, "'group' must be sequence or batch, got 'image'"),
         ("expert_choice", {"normalized": 1}, "'normalized' must be true or false"),
+        ("causal_choice", {"capacity_factor": -1}, "'capacity_factor' must be a positive number, got -1"),
+        ("causal_choice", {"threshold": 1}, "'threshold' must be a number from 0 to below 1, got 1"),
+        ("causal_choice", {"group": "batch"}, "'group' is no parameter of the rule causal_choice"),
         ("biased_top_k", {"scores": "ones"}, "'scores' must be softmax or sigmoid, got 'ones'"),
         ("biased_top_k", {"factor": 0}, "'factor' must be a positive number, got 0"),
         ("biased_top_k", {"epsilon": -1}, "'epsilon' must be a not negative number, got -1"),
@@ -222,6 +241,16 @@ def test_a_bias_moves_the_choice_alone(rule: BiasedTopKRule) -> None:
     found = dense(rule.route(z, bias))
     torch.testing.assert_close(found, torch.tensor(rows, dtype=torch.float64), rtol=1e-12, atol=0)
     assert not torch.equal(found > 0, dense(rule.route(z)) > 0)
+
+
+@pytest.mark.parametrize("rule", [rule for rule in EVERY if isinstance(rule, CausalChoiceRule)], ids=str)
+def test_a_correction_moves_who_runs_and_not_how_those_weigh_against_each_other(rule: CausalChoiceRule) -> None:
+    z, correction = logits(), 2 * logits().roll(1, 0)
+    rows = [causal_choice(rule, *pair) for pair in zip(z.softmax(1).tolist(), correction.tolist(), strict=True)]
+    found = dense(rule.route(z, correction))
+    torch.testing.assert_close(found, torch.tensor(rows, dtype=torch.float64), rtol=1e-12, atol=0)
+    assert torch.equal(found > 0, dense(rule.route(z)) > 0) == (rule.threshold == 0)
+    assert rule.mean_experts(E) == (E if rule.threshold == 0 else rule.capacity_factor)
 
 
 def test_leaving_none_out_is_top_k_bit_for_bit() -> None:
@@ -257,3 +286,4 @@ def test_more_experts_than_there_are_is_a_problem() -> None:
     assert TopKRule(6).check(E) is None
     assert ExpertChoiceRule(6.5).check(E) == "'capacity_factor' is 6.5, and only 6 experts can take a token"
     assert ExpertChoiceRule(6).check(E) is None
+    assert CausalChoiceRule(6.5).check(E) == "'capacity_factor' is 6.5, and only 6 experts can take a token"

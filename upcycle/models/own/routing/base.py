@@ -31,6 +31,7 @@ class RouterRule(ABC):
         per_token: whether a token's experts depend on that token alone: no other one, earlier or later, changes them. A model that
             writes token by token needs that.
         router_bias: what a new router's logits begin with, where the rule needs a bias; None: it needs none.
+        predicts_choice: whether the router has a second matrix, which predicts whether experts would choose the token.
         compares_norms: whether the rule is for logits that are predicted norms of the experts' outputs.
     """
 
@@ -39,6 +40,7 @@ class RouterRule(ABC):
     paper: ClassVar[str]
     per_token: ClassVar[bool] = True
     router_bias: ClassVar[float | None] = None
+    predicts_choice: ClassVar[bool] = False
     compares_norms: ClassVar[bool] = False
 
     @abstractmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from upcycle.models.own.routing.base import RouterRule
 from upcycle.models.own.routing.biased_top_k import BiasedTopKRule
+from upcycle.models.own.routing.causal_choice import CausalChoiceRule
 from upcycle.models.own.routing.dynamic_k import DynamicKRule
 from upcycle.models.own.routing.expert_choice import ExpertChoiceRule
 from upcycle.models.own.routing.relu import ReluRule
@@ -22,6 +23,7 @@ RULES: dict[str, type[RouterRule]] = {
         ThresholdRule,
         ReluRule,
         ExpertChoiceRule,
+        CausalChoiceRule,
         BiasedTopKRule,
         SkipRule,
         StandardizedTopKRule,
