@@ -45,7 +45,7 @@ from upcycle.trainers.pictures.pictures import Pictures
 from upcycle.trainers.recipe.data_recipe import DataRecipe
 from upcycle.trainers.recipe.part_recipes import ControlParameters
 from upcycle.trainers.recipe.training_recipe import DistillationRecipe, StageRecipe, TrainRecipe, accumulation
-from upcycle.trainers.routing.all_parts import train_all_parts
+from upcycle.trainers.routing.all_parts import part_name, reads_images, train_all_parts
 from upcycle.trainers.routing.stock_routers import moe_layers, unread_warning, untaught_warning
 from upcycle.trainers.run.deepspeed_config import deepspeed_config
 from upcycle.trainers.run.leaf_inputs import give_inputs_gradients
@@ -124,6 +124,8 @@ class Stage:
         if not divided:
             self.stepper.attach()
         self.trained = select(self.model, stage_recipe.train)
+        if reads_images(self.model) and any(part_name(self.model, name) != "language" for name in self.trained):
+            check_reduction(recipe, stage_recipe, ranks.world_size)
         if divided and recipe.zero_stage(ranks.world_size) < 3 and "experts" not in self.trained.values():
             raise UsageError(
                 f"stage '{stage_recipe.name}': no expert trains, and below ZeRO's stage 3 DeepSpeed's AutoEP needs one that does",
@@ -305,6 +307,28 @@ def check_images(recipe: TrainRecipe, stage: StageRecipe) -> None:
     for key, (found, why) in refused.items():
         if found:
             raise UsageError(f"stage '{stage.name}': {key} does not go with images: {why}", hint=f"leave {key} out")
+
+
+def check_reduction(recipe: TrainRecipe, stage: StageRecipe, world_size: int) -> None:
+    """Refuse to add up gradients while they come, where encoder or connector train: their order depends on a rank's rows.
+
+    DeepSpeed adds buckets of them as they are, and on a rank without an image these weights' come at other times: gradients of
+    different weights would be added, without an error.
+
+    Raises:
+        UsageError: names the key.
+    """
+    keys = {
+        "zero.stage: 2": recipe.zero_stage(world_size) == 2,
+        "zero.settings.overlap_comm": bool(recipe.zero.settings.get("overlap_comm")),
+    }
+    key = next((key for key, found in keys.items() if found), None)
+    if world_size > 1 and key:
+        raise UsageError(
+            f"stage '{stage.name}': {key} adds up gradients in the order in which a rank has them, and encoder or connector, which "
+            "train, have theirs at other times on ranks without an image",
+            hint="set zero.stage: 1, without overlap_comm",
+        )
 
 
 def check_objective(recipe: TrainRecipe, stage: StageRecipe, masks: bool) -> None:

@@ -20,6 +20,7 @@ from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.models.own.moe_block import MoeBlock
 from upcycle.trainers.checkpoints.read import latest
 from upcycle.trainers.run.shown_rows import shown_rows
+from upcycle.trainers.run.stage import check_reduction
 
 WIDE, ROUNDING = 128, 2e-6  # tokens that hold two conversations; fp32 sums in another order, of a few hundred products
 COPIES: dict[str, Any] = {"method": "sparse_upcycling", "experts": 4, "top_k": 2, "verification": {"tokens": 32}}
@@ -353,20 +354,47 @@ def test_what_does_not_go_with_images_is_refused(
         run(recipe(llava, tmp_path, data, stage, **changes))
 
 
-@pytest.mark.slow
-def test_two_ranks_of_which_one_has_no_image_take_the_steps_of_one(moe: Path, data: Path, tmp_path: Path) -> None:
-    """Ranks add up gradients of encoder and connector, which a rank whose rows are all text does not run."""
+def test_gradients_that_ranks_have_in_unlike_orders_are_not_added_as_they_come(llava: Path, data: Path, tmp_path: Path) -> None:
+    """DeepSpeed's stage 2, and overlap_comm, would add those of different weights, without an error."""
+    for zero in ({"stage": 2}, {"stage": 1, "settings": {"overlap_comm": True}}):
+        divided = recipe(llava, tmp_path, data, {}, zero=zero)
+        check_reduction(divided, divided.stages[0], 1)
+        with pytest.raises(UsageError, match="adds up gradients in the order") as refused:
+            check_reduction(divided, divided.stages[0], 2)
+        assert refused.value.hint == "set zero.stage: 1, without overlap_comm"
+
+
+def test_a_pass_without_images_where_encoders_alone_have_routers(llava: Path, data: Path, tmp_path: Path) -> None:
+    """No router runs in it, and its losses are none: the global batch has those of its images."""
+    upcycle.convert(str(llava), tmp_path / "seeing", part="vision", **COPIES)
+    mixed, stage = mixed_rows(data, tmp_path), {"tower_losses": {"vision": {"switch_balance": {}}}}
+    keys: dict[str, Any] = {"global_batch": 4, "data": {"packing": "alone"}}
+    at_once = first_step(tmp_path / "seeing", tmp_path / "one", mixed, stage, micro_batch=4, **keys)
+    divided = first_step(tmp_path / "seeing", tmp_path / "many", mixed, stage, micro_batch=1, **keys)
+    for key in ("loss", "loss/vision.switch_balance"):
+        assert divided[key] == pytest.approx(at_once[key], rel=ROUNDING), key
+
+
+def mixed_rows(data: Path, folder: Path) -> Path:
+    """Two conversations with an image and two of text, by turns."""
     text = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}
     rows = [
         json.loads(line) | {"image": str(path)} for line, (path, *_) in zip(data.open(), rows_of(data), strict=True)
     ]
-    mixed = tmp_path / "mixed.jsonl"
+    mixed = folder / "mixed.jsonl"
     mixed.write_text("".join(json.dumps(row) + "\n" for row in [rows[0], text | {"id": 1}, rows[1], text | {"id": 2}]))
+    return mixed
+
+
+@pytest.mark.slow
+def test_two_ranks_of_which_one_has_no_image_take_the_steps_of_one(moe: Path, data: Path, tmp_path: Path) -> None:
+    """Ranks add up gradients of encoder and connector, which a rank whose rows are all text does not run."""
+    mixed = mixed_rows(data, tmp_path)
     stage = {"steps": 3, "tower_losses": {"vision": {"switch_balance": {}}}}
     keys: dict[str, Any] = {"global_batch": 2, "micro_batch": 1, "data": {"packing": "alone"}}
     alone = recipe(moe, tmp_path / "one", mixed, stage, **keys)
     run(alone)
-    both = two_ranks(alone, tmp_path / "two", zero={"stage": 2})
+    both = two_ranks(alone, tmp_path / "two", zero={"stage": 1})
     on_ranks(both, 2)
     for key in ("loss", "loss/vision.switch_balance", "gradient_norm"):
         wanted = [line[key] for line in steps(alone)]
