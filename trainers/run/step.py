@@ -242,7 +242,9 @@ class Stepper:
         records = self.routers.take() if self.routers else []
         if self.routers is None or len(records) == len(self._layers):
             return records
-        like = records[0].logits if records else next(self.model.parameters())  # only towers have routers, and no image came
+        like = (
+            records[0].logits if records else next(self.model.parameters())
+        )  # only towers have routers, and no image came
         return with_absent(records, self._layers, like.dtype, like.device)
 
     def _reached(self, loss: torch.Tensor) -> torch.Tensor:

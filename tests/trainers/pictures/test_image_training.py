@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from picture_chats import chats, draw, pictured, pictured_llava
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from training_runs import on_ranks, recipe_for, run, steps, two_ranks
 
 import upcycle
 from upcycle.errors import UsageError
+from upcycle.files.formats.parsing import parse_json
 from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.models.own.moe_block import MoeBlock
 from upcycle.trainers.checkpoints.read import latest
@@ -238,6 +240,30 @@ def test_an_image_that_cannot_be_read_is_found_before_the_first_step(llava: Path
     assert not row.documents[0][0].learned
 
 
+def test_images_that_came_or_got_another_size_are_read_again(llava: Path, data: Path, tmp_path: Path) -> None:
+    """Their file of rows is the same, and its rows were tokenised by what images were before."""
+    shutil.copytree(data.parent, tmp_path / "mine")
+    images, said = tmp_path / "mine" / "images", []
+    (images / "2.png").rename(images / "away")
+    (images / "5.png").write_bytes(b"no image")
+    mine = recipe(llava, tmp_path, tmp_path / "mine" / data.name, {}, data={"broken_lines": "skip"})
+    shown_rows(mine, 1, said.append)
+    assert any("6 images, whose headers were read" in line for line in said), said
+    (images / "away").rename(images / "2.png")
+    draw(images, "4.png", (9, 9, 9), (8, 16))
+    shown_rows(mine, 1, said.append)
+    assert any("7 images, whose headers were read" in line for line in said), said
+    cached = [parse_json(file.metadata()["pictures"], "index") for file in indices(tmp_path / "cache")]
+    assert ["4.png", 8, 16] in [[Path(path).name, *size] for shard in cached for ((path, *size),) in shard]
+    run(mine)
+    assert (tmp_path / "run" / "log.jsonl").exists()
+
+
+def indices(cache: Path) -> list[Any]:
+    """The indices of all tokenised shards."""
+    return [safe_open(path, framework="numpy") for path in cache.rglob("*.safetensors")]
+
+
 @pytest.mark.long
 def test_a_continued_run_is_the_uninterrupted_one_bit_for_bit(moe: Path, data: Path, tmp_path: Path) -> None:
     stage = {"steps": 4, "tower_losses": {"vision": {"switch_balance": {}}}}
@@ -354,7 +380,9 @@ def test_what_does_not_go_with_images_is_refused(
         run(recipe(llava, tmp_path, data, stage, **changes))
 
 
-def test_gradients_that_ranks_have_in_unlike_orders_are_not_added_as_they_come(llava: Path, data: Path, tmp_path: Path) -> None:
+def test_gradients_that_ranks_have_in_unlike_orders_are_not_added_as_they_come(
+    llava: Path, data: Path, tmp_path: Path
+) -> None:
     """DeepSpeed's stage 2, and overlap_comm, would add those of different weights, without an error."""
     for zero in ({"stage": 2}, {"stage": 1, "settings": {"overlap_comm": True}}):
         divided = recipe(llava, tmp_path, data, {}, zero=zero)
