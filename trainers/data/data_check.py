@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def check_data(
             rule = too_long_rule(domain, corpus)
             if corpus.shards is not None and (corpus.kind != "text" or rule != "split"):
                 cache = token_cache(data, domain, corpus, tokenizer, frame, pictures)
-                _check_examples(domain, corpus, cache, rule, length, say, turn)
+                _check_examples(domain, corpus, cache, rule, length, say, turn, pictures)
     seconds = time.perf_counter() - started
     if read:
         say(f"checked every row of {size(read)} in {seconds:.1f} s; what is unchanged is not checked again")
@@ -122,6 +123,7 @@ def _check_examples(
     length: int,
     say: Callable[[str], None],
     turn: int,
+    pictures: Pictures | None,
 ) -> None:
     """Tokenise all documents, and say how many are cut or left out, and why.
 
@@ -129,12 +131,16 @@ def _check_examples(
         UsageError: none is left.
     """
     assert corpus.shards is not None
+
+    def holds(shard: TokenShard) -> bool:
+        return pictures is None or pictures.as_they_were(chain(*shard.pictures), shard.lost, shard.made)
+
     order = [(turn + number) % corpus.shards for number in range(corpus.shards)]
     found = FileCheck()
     shown = 0
     cut = dropped = emptied = kept = 0
     for number in order:
-        shard = cache.shard(corpus, number)
+        shard = cache.shard(corpus, number, holds)
         found += shard.check
         shown += _check_images(domain.name, shard)
         begin = np.cumsum(shard.lengths) - shard.lengths

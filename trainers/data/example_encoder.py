@@ -102,7 +102,7 @@ class ExampleEncoder(Encoder):
         try:
             return _Encoded(*self._images.placed(example, text, ids, learned))
         except PictureError as error:
-            return Broken(f"{example.where}: {error}")
+            return Broken(f"{example.where}: {error}", None if error.path is None else str(error.path))
 
     def _rendered(self, renderer: Renderer, examples: list[Example]) -> list[_Encoded | Broken]:
         found: list[Rendered | Broken] = []

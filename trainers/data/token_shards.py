@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -52,6 +52,8 @@ class TokenShard:
     last: bool  # whether it is the last one of a stream
     check: FileCheck = NOTHING  # of examples: how many were kept, had no answer to learn, or could not be encoded
     pictures: tuple[tuple[Picture, ...], ...] = ()  # of each document; empty where none has any
+    lost: tuple[str, ...] = ()  # images that could not be read, whose documents were left out
+    made: int = 0  # when, in nanoseconds
 
     def pictures_at(self, begin: Int64) -> list[tuple[Picture, ...]]:
         """The images of the documents with tokens at ``begin`` ``[n]``."""
@@ -98,8 +100,13 @@ class TokenCache:
     def __init__(self, folder: Path, encoder: Encoder) -> None:
         self._folder, self.encoder = folder, encoder
 
-    def shard(self, corpus: Corpus, number: int) -> TokenShard:
+    def shard(self, corpus: Corpus, number: int, holds: Callable[[TokenShard], bool] = lambda _: True) -> TokenShard:
         """A shard of ``corpus``: from the cache, or tokenised now, or as soon as another process has tokenised it.
+
+        Args:
+            corpus: the documents.
+            number: of the shard.
+            holds: whether a kept shard is still right, where more than its documents decides that.
 
         Raises:
             UpcycleError: the documents cannot be read, or the cache cannot be written.
@@ -107,12 +114,13 @@ class TokenCache:
         key = hashlib.sha256(f"{self.encoder.fingerprint} {corpus.key(number)}".encode()).hexdigest()[:32]
         stem = self._folder / key[:2] / key
         found = _read(stem)
-        if found:
+        if found and holds(found):
             return found
         try:
             stem.parent.mkdir(parents=True, exist_ok=True)
             with one_at_a_time(stem.with_suffix(".lock")):
-                if not _read(stem):
+                kept = _read(stem)
+                if not (kept and holds(kept)):
                     with corpus.lock:
                         self._write(corpus, number, stem)
         except OSError as error:
@@ -139,6 +147,7 @@ class TokenCache:
         lengths: list[int] = []
         hashes: list[int] = []
         pictures: list[tuple[Picture, ...]] = []
+        lost: list[str] = []
         check = FileCheck()
         digest, read = hashlib.sha256(), 0
         with path.open("wb") as file:
@@ -150,6 +159,7 @@ class TokenCache:
                 for document, row in encoded:
                     if isinstance(row, Broken):
                         check += refused_row(row, corpus.reading.broken)
+                        lost += [row.image] if row.image else []
                     elif row:
                         rows.append(row)
                         pictures.append(row.pictures if isinstance(row, PicturedCodes) else ())
@@ -172,6 +182,8 @@ class TokenCache:
             facts["pictures"] = json.dumps(pictures)
             check_digest = hashlib.sha256(f"{facts['digest']} {facts['pictures']}".encode())
             facts["digest"] = check_digest.hexdigest()[:16]
+        if lost:
+            facts["lost"] = json.dumps(lost)
         return save({"lengths": counts, "hashes": np.array(hashes, np.uint64)}, metadata=facts)
 
 
@@ -189,13 +201,15 @@ def _read(stem: Path) -> TokenShard | None:
         total = int(lengths.sum())
         if ids.stat().st_size != 4 * total:
             return None
+        made = index.stat().st_mtime_ns
     except (FileNotFoundError, SafetensorError):
         return None
     tokens = np.memmap(ids, np.int32, "r") if total else np.empty(0, np.int32)
     check = FileCheck(**parse_json(facts["check"], str(index))) if "check" in facts else NOTHING
     listed = parse_json(facts["pictures"], str(index)) if "pictures" in facts else []
     pictures = tuple(tuple(Picture(*each) for each in row) for row in listed)
-    return TokenShard(tokens, lengths, hashes, facts["digest"], facts["last"] == "True", check, pictures)
+    lost = tuple(parse_json(facts["lost"], str(index))) if "lost" in facts else ()
+    return TokenShard(tokens, lengths, hashes, facts["digest"], facts["last"] == "True", check, pictures, lost, made)
 
 
 def _batches(documents: Iterator[TextOrExample]) -> Iterator[list[TextOrExample]]:

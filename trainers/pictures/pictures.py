@@ -7,7 +7,7 @@ comes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,7 +25,7 @@ from upcycle.registry import find
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_FORMAT = "1"  # part of every key of tokenised examples with images
+_FORMAT = "2"  # part of every key of tokenised examples with images
 _ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # of EXIF: stored lying
 _SHOWN = 3  # images that are named in an error
 _PILLOW = "pip install pillow"  # a hint
@@ -42,7 +42,11 @@ class Picture(NamedTuple):
 
 
 class PictureError(ValueError):
-    """An image that cannot be read; the message names it and says why."""
+    """An image that cannot be read; the message names it and says why. ``path`` is its file, where one was looked for."""
+
+    def __init__(self, message: str, path: Path | None = None) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 class Pictures:
@@ -128,8 +132,30 @@ class Pictures:
                 width, height = image.size
                 turned = image.getexif().get(_ORIENTATION) in _TURNED
         except Exception as error:  # damaged files raise errors of many kinds
-            raise PictureError(f"the image {path} cannot be read: {_first_line(error, path)}") from None
+            raise PictureError(f"the image {path} cannot be read: {_first_line(error, path)}", path) from None
         return Picture(str(path), height, width) if turned else Picture(str(path), width, height)
+
+    def as_they_were(self, pictures: Iterable[Picture], lost: Iterable[str], since: int) -> bool:
+        """Return whether images have the sizes by which rows were tokenised, and those that could not be read still cannot be.
+
+        Images that are gone, or no images any more, are not looked for here: they have the same tokens.
+
+        Args:
+            pictures: that were read.
+            lost: names of files that could not be.
+            since: when that was, in nanoseconds; only files that changed later are opened.
+        """
+        return not any(self._looked(Path(path)) for path in lost) and all(
+            self._looked(Path(picture.path)) in (None, picture)
+            for picture in pictures
+            if _changed(Path(picture.path)) > since
+        )
+
+    def _looked(self, path: Path) -> Picture | None:
+        try:
+            return self.look(path)
+        except PictureError:
+            return None
 
     def ids(self, picture: Picture) -> list[int]:
         """Return the ids that the processor puts in the place of an image's token."""
@@ -230,6 +256,14 @@ def pictures_of(folder: Path) -> Pictures | None:
     config = build_config(raw, str(folder))
     wrapper = find("wrapper", base_type(config))
     return Pictures(folder, config) if wrapper is not None and wrapper.kind == "image" else None
+
+
+def _changed(path: Path) -> int:
+    """Return when a file was put there or changed, in nanoseconds: copying may keep the time of its content, but not this one."""
+    try:
+        return path.stat().st_ctime_ns
+    except OSError:
+        return 0
 
 
 def _first_line(error: Exception, path: Path | None = None) -> str:

@@ -45,7 +45,7 @@ from upcycle.trainers.pictures.pictures import Pictures
 from upcycle.trainers.recipe.data_recipe import DataRecipe
 from upcycle.trainers.recipe.part_recipes import ControlParameters
 from upcycle.trainers.recipe.training_recipe import DistillationRecipe, StageRecipe, TrainRecipe, accumulation
-from upcycle.trainers.routing.all_parts import train_all_parts
+from upcycle.trainers.routing.all_parts import part_name, reads_images, train_all_parts
 from upcycle.trainers.routing.stock_routers import moe_layers, unread_warning, untaught_warning
 from upcycle.trainers.run.deepspeed_config import deepspeed_config
 from upcycle.trainers.run.leaf_inputs import give_inputs_gradients
@@ -99,7 +99,7 @@ class Stage:
         self.masks = predicts_masked(origin)
         check_fits(self.model.config, tokenizer, recipe.length)
         data = stage_recipe.data or recipe.data
-        self._show(data, pictures, ranks.world_size)
+        self._show(data, pictures)
         # A row has one document for itself, unless it is a preference: two answers.
         apart = data.packing == "alone" and all(domain.chosen is None for domain in data.domains)
         leak = None if apart else packing_leak(self.model.config, recipe.micro_batch)
@@ -124,6 +124,8 @@ class Stage:
         if not divided:
             self.stepper.attach()
         self.trained = select(self.model, stage_recipe.train)
+        if reads_images(self.model) and any(part_name(self.model, name) != "language" for name in self.trained):
+            check_reduction(recipe, stage_recipe, ranks.world_size)
         if divided and recipe.zero_stage(ranks.world_size) < 3 and "experts" not in self.trained.values():
             raise UsageError(
                 f"stage '{stage_recipe.name}': no expert trains, and below ZeRO's stage 3 DeepSpeed's AutoEP needs one that does",
@@ -221,10 +223,10 @@ class Stage:
                 hint="leave it out, or convert to another target",
             )
 
-    def _show(self, data: DataRecipe, pictures: Pictures | None, world_size: int) -> None:
+    def _show(self, data: DataRecipe, pictures: Pictures | None) -> None:
         """Let every part of the model train, if the data have images."""
         if pictures is not None and data_have_images(data, pictures):
-            check_images(self.recipe, self.stage_recipe, world_size)
+            check_images(self.recipe, self.stage_recipe)
             pictures.most_bad = data.bad_images
             train_all_parts(self.model)
 
@@ -284,7 +286,7 @@ class Stage:
         return engine
 
 
-def check_images(recipe: TrainRecipe, stage: StageRecipe, world_size: int) -> None:
+def check_images(recipe: TrainRecipe, stage: StageRecipe) -> None:
     """Refuse keys that do not go with data that have images.
 
     Raises:
@@ -294,10 +296,6 @@ def check_images(recipe: TrainRecipe, stage: StageRecipe, world_size: int) -> No
         "distillation.cache": (
             stage.distillation is not None and stage.distillation.cache is not None,
             "a cache knows rows by their tokens, and other images have the same",
-        ),
-        "more than one rank": (
-            world_size > 1,
-            "DeepSpeed adds gradients up in the order in which they come, which is another one where rows have no image",
         ),
         "zero.stage: 3": (
             recipe.zero.stage == 3,
@@ -309,6 +307,28 @@ def check_images(recipe: TrainRecipe, stage: StageRecipe, world_size: int) -> No
     for key, (found, why) in refused.items():
         if found:
             raise UsageError(f"stage '{stage.name}': {key} does not go with images: {why}", hint=f"leave {key} out")
+
+
+def check_reduction(recipe: TrainRecipe, stage: StageRecipe, world_size: int) -> None:
+    """Refuse to add up gradients while they come, where encoder or connector train: their order depends on a rank's rows.
+
+    DeepSpeed adds buckets of them as they are, and on a rank without an image these weights' come at other times: gradients of
+    different weights would be added, without an error.
+
+    Raises:
+        UsageError: names the key.
+    """
+    keys = {
+        "zero.stage: 2": recipe.zero_stage(world_size) == 2,
+        "zero.settings.overlap_comm": bool(recipe.zero.settings.get("overlap_comm")),
+    }
+    key = next((key for key, found in keys.items() if found), None)
+    if world_size > 1 and key:
+        raise UsageError(
+            f"stage '{stage.name}': {key} adds up gradients in the order in which a rank has them, and encoder or connector, which "
+            "train, have theirs at other times on ranks without an image",
+            hint="set zero.stage: 1, without overlap_comm",
+        )
 
 
 def check_objective(recipe: TrainRecipe, stage: StageRecipe, masks: bool) -> None:

@@ -240,9 +240,11 @@ class Stepper:
 
     def _routers(self) -> list[RouterRecord]:
         records = self.routers.take() if self.routers else []
-        if not records or len(records) == len(self._layers):
+        if self.routers is None or len(records) == len(self._layers):
             return records
-        like = records[0].logits
+        like = (
+            records[0].logits if records else next(self.model.parameters())
+        )  # only towers have routers, and no image came
         return with_absent(records, self._layers, like.dtype, like.device)
 
     def _reached(self, loss: torch.Tensor) -> torch.Tensor:

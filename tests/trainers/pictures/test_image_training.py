@@ -11,16 +11,18 @@ from typing import Any
 import pytest
 import torch
 from picture_chats import chats, draw, pictured, pictured_llava
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from training_runs import recipe_for, run, steps
+from training_runs import on_ranks, recipe_for, run, steps, two_ranks
 
 import upcycle
 from upcycle.errors import UsageError
+from upcycle.files.formats.parsing import parse_json
 from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.models.own.moe_block import MoeBlock
 from upcycle.trainers.checkpoints.read import latest
 from upcycle.trainers.run.shown_rows import shown_rows
-from upcycle.trainers.run.stage import check_images
+from upcycle.trainers.run.stage import check_reduction
 
 WIDE, ROUNDING = 128, 2e-6  # tokens that hold two conversations; fp32 sums in another order, of a few hundred products
 COPIES: dict[str, Any] = {"method": "sparse_upcycling", "experts": 4, "top_k": 2, "verification": {"tokens": 32}}
@@ -238,6 +240,30 @@ def test_an_image_that_cannot_be_read_is_found_before_the_first_step(llava: Path
     assert not row.documents[0][0].learned
 
 
+def test_images_that_came_or_got_another_size_are_read_again(llava: Path, data: Path, tmp_path: Path) -> None:
+    """Their file of rows is the same, and its rows were tokenised by what images were before."""
+    shutil.copytree(data.parent, tmp_path / "mine")
+    images, said = tmp_path / "mine" / "images", []
+    (images / "2.png").rename(images / "away")
+    (images / "5.png").write_bytes(b"no image")
+    mine = recipe(llava, tmp_path, tmp_path / "mine" / data.name, {}, data={"broken_lines": "skip"})
+    shown_rows(mine, 1, said.append)
+    assert any("6 images, whose headers were read" in line for line in said), said
+    (images / "away").rename(images / "2.png")
+    draw(images, "4.png", (9, 9, 9), (8, 16))
+    shown_rows(mine, 1, said.append)
+    assert any("7 images, whose headers were read" in line for line in said), said
+    cached = [parse_json(file.metadata()["pictures"], "index") for file in indices(tmp_path / "cache")]
+    assert ["4.png", 8, 16] in [[Path(path).name, *size] for shard in cached for ((path, *size),) in shard]
+    run(mine)
+    assert (tmp_path / "run" / "log.jsonl").exists()
+
+
+def indices(cache: Path) -> list[Any]:
+    """The indices of all tokenised shards."""
+    return [safe_open(path, framework="numpy") for path in cache.rglob("*.safetensors")]
+
+
 @pytest.mark.long
 def test_a_continued_run_is_the_uninterrupted_one_bit_for_bit(moe: Path, data: Path, tmp_path: Path) -> None:
     stage = {"steps": 4, "tower_losses": {"vision": {"switch_balance": {}}}}
@@ -354,9 +380,50 @@ def test_what_does_not_go_with_images_is_refused(
         run(recipe(llava, tmp_path, data, stage, **changes))
 
 
-def test_several_ranks_are_refused(llava: Path, data: Path, tmp_path: Path) -> None:
-    """Where one has no image, its gradients come in another order, and ZeRO would add up those of other weights."""
-    made = recipe(llava, tmp_path, data, {})
-    check_images(made, made.stages[0], 1)
-    with pytest.raises(UsageError, match="more than one rank does not go with images"):
-        check_images(made, made.stages[0], 2)
+def test_gradients_that_ranks_have_in_unlike_orders_are_not_added_as_they_come(
+    llava: Path, data: Path, tmp_path: Path
+) -> None:
+    """DeepSpeed's stage 2, and overlap_comm, would add those of different weights, without an error."""
+    for zero in ({"stage": 2}, {"stage": 1, "settings": {"overlap_comm": True}}):
+        divided = recipe(llava, tmp_path, data, {}, zero=zero)
+        check_reduction(divided, divided.stages[0], 1)
+        with pytest.raises(UsageError, match="adds up gradients in the order") as refused:
+            check_reduction(divided, divided.stages[0], 2)
+        assert refused.value.hint == "set zero.stage: 1, without overlap_comm"
+
+
+def test_a_pass_without_images_where_encoders_alone_have_routers(llava: Path, data: Path, tmp_path: Path) -> None:
+    """No router runs in it, and its losses are none: the global batch has those of its images."""
+    upcycle.convert(str(llava), tmp_path / "seeing", part="vision", **COPIES)
+    mixed, stage = mixed_rows(data, tmp_path), {"tower_losses": {"vision": {"switch_balance": {}}}}
+    keys: dict[str, Any] = {"global_batch": 4, "data": {"packing": "alone"}}
+    at_once = first_step(tmp_path / "seeing", tmp_path / "one", mixed, stage, micro_batch=4, **keys)
+    divided = first_step(tmp_path / "seeing", tmp_path / "many", mixed, stage, micro_batch=1, **keys)
+    for key in ("loss", "loss/vision.switch_balance"):
+        assert divided[key] == pytest.approx(at_once[key], rel=ROUNDING), key
+
+
+def mixed_rows(data: Path, folder: Path) -> Path:
+    """Two conversations with an image and two of text, by turns."""
+    text = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}
+    rows = [
+        json.loads(line) | {"image": str(path)} for line, (path, *_) in zip(data.open(), rows_of(data), strict=True)
+    ]
+    mixed = folder / "mixed.jsonl"
+    mixed.write_text("".join(json.dumps(row) + "\n" for row in [rows[0], text | {"id": 1}, rows[1], text | {"id": 2}]))
+    return mixed
+
+
+@pytest.mark.slow
+def test_two_ranks_of_which_one_has_no_image_take_the_steps_of_one(moe: Path, data: Path, tmp_path: Path) -> None:
+    """Ranks add up gradients of encoder and connector, which a rank whose rows are all text does not run."""
+    mixed = mixed_rows(data, tmp_path)
+    stage = {"steps": 3, "tower_losses": {"vision": {"switch_balance": {}}}}
+    keys: dict[str, Any] = {"global_batch": 2, "micro_batch": 1, "data": {"packing": "alone"}}
+    alone = recipe(moe, tmp_path / "one", mixed, stage, **keys)
+    run(alone)
+    both = two_ranks(alone, tmp_path / "two", zero={"stage": 1})
+    on_ranks(both, 2)
+    for key in ("loss", "loss/vision.switch_balance", "gradient_norm"):
+        wanted = [line[key] for line in steps(alone)]
+        assert [line[key] for line in steps(both)] == [pytest.approx(value, rel=1e-4) for value in wanted]
