@@ -109,18 +109,8 @@ class Stage:
         self.stepper = Stepper(self.model, stage_recipe, ranks, self._parent(origin, ranks), recipe.clip)
         adapted = self._adapt(saved)
         divided = recipe.expert_parallel > 1
-        if divided and stage_recipe.control != ControlParameters():
-            raise UsageError(
-                f"stage '{stage_recipe.name}': control changes what stock routers decide, and AutoEP replaces those",
-                hint="leave control out, or set expert_parallel: 1",
-            )
+        self._check_control(divided)
         self._check_taught(divided)
-        if stage_recipe.control.dense_gradients and recipe.zero.stage == 3:
-            raise UsageError(
-                f"stage '{stage_recipe.name}': control.dense_gradients runs every expert a second time, whose weights ZeRO's stage 3 "
-                "has on other ranks by then",
-                hint="set zero.stage below 3",
-            )
         if not divided:
             self.stepper.attach()
         self.trained = select(self.model, stage_recipe.train)
@@ -198,6 +188,21 @@ class Stage:
         self.engine.destroy()
         del self.engine, self.tensors, self.model, self.stepper
         gc.collect()
+
+    def _check_control(self, divided: bool) -> None:
+        """Refuse a control of routers that are replaced, or of experts whose weights are on other ranks."""
+        control = self.stage_recipe.control
+        if divided and control != ControlParameters():
+            raise UsageError(
+                f"stage '{self.stage_recipe.name}': control changes what stock routers decide, and AutoEP replaces those",
+                hint="leave control out, or set expert_parallel: 1",
+            )
+        if control.dense_gradients and self.recipe.zero.stage == 3:
+            raise UsageError(
+                f"stage '{self.stage_recipe.name}': control.dense_gradients runs every expert a second time, whose weights "
+                "ZeRO's stage 3 has on other ranks by then",
+                hint="set zero.stage below 3",
+            )
 
     def _check_taught(self, divided: bool) -> None:
         """Refuse targets for single experts where a rank, or the architecture, does not hold them one by one."""
