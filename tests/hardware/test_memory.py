@@ -14,20 +14,23 @@ from upcycle.hardware import memory
 PROGRAM = """
 import sys
 import torch
-from upcycle.hardware.memory import keep_freed_memory, reuse_freed_memory
+from upcycle.hardware.memory import keep_freed_memory, reuse_freed_memory, unmap_large_blocks
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
 if sys.argv[1] == "reused":
     assert reuse_freed_memory(2**27)
-block = torch.empty(64 * 2**20, dtype=torch.uint8)
+if sys.argv[1] == "unmapped":
+    assert unmap_large_blocks()
+torch.empty(24 * 2**20, dtype=torch.uint8)  # freed at once: from then on, glibc keeps blocks of this size
+block = torch.empty(int(sys.argv[2]) * 2**20, dtype=torch.uint8)
 begin, end = next(line.split()[0].split("-") for line in open("/proc/self/maps") if line.rstrip().endswith("[heap]"))
 print(int(begin, 16) <= block.data_ptr() < int(end, 16))
 """
 
 
-def in_the_heap(how: str) -> str:
+def in_the_heap(how: str, mebibytes: int = 64) -> str:
     """Whether a large block lies in the heap, which stays, or in a mapping of its own, which goes with it."""
-    command = [sys.executable, "-P", "-c", PROGRAM, how]
+    command = [sys.executable, "-P", "-c", PROGRAM, how, str(mebibytes)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
@@ -37,9 +40,11 @@ def test_large_blocks_lie_in_the_heap() -> None:
     assert in_the_heap("kept") == "True"
     assert in_the_heap("reused") == "True"
     assert in_the_heap("given back") == "False"
+    assert in_the_heap("given back", 20) == "True"
+    assert in_the_heap("unmapped", 20) == "False"
 
 
-@pytest.mark.parametrize("setting", [memory.keep_freed_memory, lambda: memory.reuse_freed_memory(2**20)])
+@pytest.mark.parametrize("setting", [memory.keep_freed_memory, lambda: memory.reuse_freed_memory(2**20), memory.unmap_large_blocks])
 def test_other_c_libraries_stay_as_they_are(monkeypatch: pytest.MonkeyPatch, setting: Callable[[], bool]) -> None:
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: object())
     assert not setting()

@@ -21,8 +21,8 @@ _UNDIVIDED_BUCKET = 500_000_000  # elements that DeepSpeed sums at once without 
 class MemoryForecast:
     """Estimated bytes on one rank's device, and in ``host`` those that offloading moves to the host's memory.
 
-    ``buffers`` are DeepSpeed's: :func:`bucket_bytes` and :func:`gathered_bytes`. ``loading`` are those that pass through the host's
-    memory before the first step: :func:`loading_bytes`.
+    ``buffers`` are DeepSpeed's: :func:`bucket_bytes`, :func:`gathered_bytes` and :func:`arriving_bytes`. ``loading`` are those that
+    pass through the host's memory before the first step: :func:`loading_bytes`.
     """
 
     weights: float
@@ -65,7 +65,7 @@ def forecast_memory(division: Division, parent: ModelCounts | None) -> MemoryFor
         weights=weights,
         gradients=gradients,
         optimizer=states,
-        buffers=bucket_bytes(division) + gathered_bytes(division),
+        buffers=bucket_bytes(division) + gathered_bytes(division) + arriving_bytes(division),
         activations=activation_bytes(division) + (_parent_logits(division) if parent else 0.0),
         parent=parent_bytes(division, parent) if parent else 0.0,
         host=host,
@@ -142,14 +142,23 @@ def gathered_bytes(division: Division) -> float:
     """Other ranks' weights that ZeRO-3 holds at the same time. It keeps those that are used again soon, up to
     ``max_live_parameters``, and fetches a MoE block as a whole.
     """
-    if division.zero_stage < 3:
-        return 0.0
+    fetched = _fetched(division)
+    live = float(division.setting("max_live_parameters"))
+    return division.item * min(sum(fetched), max(live, *fetched)) if fetched else 0.0
+
+
+def arriving_bytes(division: Division) -> float:
+    """The buffer in which the largest fetch of ZeRO-3 arrives, with the ranks' parts apart, before its weights are put together."""
+    return division.item * max(_fetched(division), default=0.0)
+
+
+def _fetched(division: Division) -> list[float]:
+    """Elements of each of the groups of weights that ZeRO-3 fetches at once."""
     fetched: dict[str, float] = {}
-    for weight in division.counts.weights:
+    for weight in division.counts.weights if division.zero_stage == 3 else ():
         if not division.persistent(weight):
             fetched[weight.fetched_with] = fetched.get(weight.fetched_with, 0.0) + division.local([weight])
-    largest = max(fetched.values(), default=0.0)
-    return division.item * min(sum(fetched.values()), max(float(division.setting("max_live_parameters")), largest))
+    return list(fetched.values())
 
 
 def activation_bytes(division: Division) -> float:

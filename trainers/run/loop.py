@@ -18,7 +18,7 @@ from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.files.locate import locate
 from upcycle.files.records import versions
 from upcycle.files.user_paths import user_path
-from upcycle.hardware.memory import keep_freed_memory
+from upcycle.hardware.memory import keep_freed_memory, unmap_large_blocks
 from upcycle.notebook import HtmlShown
 from upcycle.trainers.checkpoints.prepare_model import (
     check_parent_tokens,
@@ -170,6 +170,8 @@ class _Run:
         started = time.perf_counter()
         if self.recipe.keep_memory and not keep_freed_memory():
             self.say("warning: keep_memory has no effect: it needs glibc, and this system has another C library")
+        if not self.recipe.keep_memory and self.ranks.world_size > 1 and self.recipe.zero.stage == 3:
+            unmap_large_blocks()  # ranks that hold parts of a model gather the others' all the time, and must not keep them
         check_run_folder(self.folder, self.origin, self.recipe.saving.export, self.ranks)
         with locked(self.folder, self.ranks):
             check_shared(self.folder, self.ranks)

@@ -16,6 +16,7 @@ from pathlib import Path
 # Parameters of mallopt(3), by their numbers in glibc's <malloc.h>.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _NEVER = 2**31 - 1
+_LARGE = 2**20  # bytes
 
 
 def keep_freed_memory() -> bool:
@@ -46,6 +47,21 @@ def reuse_freed_memory(largest: int) -> bool:
     if _address_space_is_limited():
         return False
     return _set_glibc({_MMAP_THRESHOLD: largest, _TRIM_THRESHOLD: 4 * largest})
+
+
+def unmap_large_blocks() -> bool:
+    """Make glibc give every block of a mebibyte and more back when it is freed, for ranks whose memory is scarce.
+
+    By itself, glibc begins to keep blocks once one of their size was freed: its threshold for what is mapped rises to that size, up to
+    32 MiB, and kept blocks that lie between others are reused only by what fits into them. ZeRO-3 gathers every layer's weights
+    anew, in blocks of many sizes, some of them in the threads of gloo, so that a rank came to hold more than the whole model
+    (``tests/benchmarks/training/divided_memory.py``). A threshold that is set does not rise. The price is time: the system
+    clears the pages of every gathered weight.
+
+    Returns:
+        False where the C library is not glibc, which alone has these settings.
+    """
+    return _set_glibc({_MMAP_THRESHOLD: _LARGE, _TRIM_THRESHOLD: 4 * _LARGE})
 
 
 def return_freed_memory() -> None:

@@ -13,6 +13,7 @@ from upcycle.models.experts import use_eager_experts
 from upcycle.trainers.forecast.flops import TrainingFlops
 from upcycle.trainers.forecast.memory import (
     activation_bytes,
+    arriving_bytes,
     bucket_bytes,
     expert_bytes,
     forecast_memory,
@@ -99,11 +100,12 @@ def test_buckets_and_gathered_weights() -> None:
     small = {"settings": {"reduce_bucket_size": 1000}}
     assert bucket_bytes(division(2, dtype="bfloat16", zero=small)) == 2 * 2000
     assert bucket_bytes(division(1, dtype="bfloat16", zero=small)) == 4 * 1000
-    assert gathered_bytes(division(2)) == 0
+    assert gathered_bytes(division(2)) == arriving_bytes(division(2)) == 0
     whole = trained - 3 * (D + 8 * D)  # norms and routers are small, and always there
     assert gathered_bytes(division(3)) == 4 * whole
     few = {"settings": {"stage3_max_live_parameters": 1_000_000}}
     assert gathered_bytes(division(3, zero=few)) == 4 * V * D  # the largest is fetched as a whole
+    assert arriving_bytes(division(3, zero=few)) == 4 * V * D
 
 
 def test_offloading_moves_states_to_the_host() -> None:
