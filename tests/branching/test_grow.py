@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -80,8 +81,14 @@ def test_a_round_trains_every_branch_and_merges_them(pico: Pico, tmp_path: Path)
     assert set(result.seed) == {"law", "code"}
     learned = {each.step: each.losses for each in result.steps}
     assert learned["round-1/law"]["law"] < result.seed["law"]  # type: ignore[index]
-    # Done is done, unless the recipe is another.
+    # What was deleted is made again, and what was made of it stays: the same came out.
+    shutil.rmtree(tmp_path / "forest" / "round-1" / "law")
+    assert [each.state for each in look(content).steps] == ["next", "done", "waiting"]
     said: list[str] = []
+    assert equal(models(grow(content, say=said.append))["round-1/law"], made["round-1/law"])
+    assert [line for line in said if line.startswith("next:")] == ["next: round-1/law: train seed on law, 2 steps"]
+    # Done is done, unless the recipe is another.
+    said.clear()
     assert grow(content, say=said.append).steps == result.steps
     assert not [line for line in said if line.startswith("next:")]
     content["training"]["stages"][0]["learning_rate"] = 0.02
@@ -91,6 +98,45 @@ def test_a_round_trains_every_branch_and_merges_them(pico: Pico, tmp_path: Path)
 
 class Killed(BaseException):
     """As a kill: nothing after it is carried out."""
+
+
+def killed(*_: Any, **__: Any) -> None:
+    raise Killed
+
+
+def test_what_would_stop_a_late_step_is_refused_before_the_first(pico: Pico, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(growing._Rounds, "_measured", killed)
+    content = recipe(pico("llama"), tmp_path, last={"method": "branch_train_mix", "top_k": 9})
+    for call in (grow, look):
+        with pytest.raises(UsageError, match=r"last: top_k is 9, but there are only 2 experts"):
+            call(content)
+    content["last"] = {"method": "branch_train_mix"}
+    content["tuning"] = {**content["training"], "length": 1024}
+    with pytest.raises(UsageError, match=r"rows of 1024 tokens are longer than the model's context of 512"):
+        grow(content)
+    content["tuning"] = {**content["training"], "global_batch": 8}
+    with pytest.raises(UsageError, match=r"global_batch 4 is not a multiple of micro_batch 4 x 2 ranks"):
+        grow(content, nproc=2)
+    assert not [path.name for path in (tmp_path / "forest").iterdir() if path.is_dir()]
+
+
+def test_the_seeds_losses_are_those_of_this_seed_on_these_texts(pico: Pico, tmp_path: Path, monkeypatch: Any) -> None:
+    measured: list[tuple[Path, int]] = []
+
+    def measure(_: Any, folder: Path, data: Any) -> dict[str, float]:
+        measured.append((folder, len(data.domains)))
+        return {}
+
+    monkeypatch.setattr(growing._Rounds, "_measured", measure)
+    monkeypatch.setattr(growing, "train", killed)
+    content = recipe(pico("llama"), tmp_path)
+    more = {**content["domains"], "news": write_text(tmp_path / "news.jsonl", 40, 4)}
+    calls = [content, content, {**content, "source": str(pico("qwen2"))}, {**content, "domains": more}]
+    for each in calls:
+        with pytest.raises(Killed):
+            grow(each)
+    assert measured == [(pico("llama"), 2), (pico("qwen2"), 2), (pico("llama"), 3)]
+    assert look(content).seed is None  # measured on other texts
 
 
 @pytest.mark.long

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -57,22 +58,31 @@ class ForestRecord:
         """Whether a step must not continue what an earlier call left of it."""
         return step.name in self._content["again"]
 
-    def losses(self, name: str) -> dict[str, float] | None:
+    def losses(self, step: RoundStep) -> dict[str, float] | None:
         """Nats per token of every domain that a step's model was measured on; ``None``: it is not done."""
-        found = self._content["steps"].get(name)
+        found = self._content["steps"].get(step.name)
         return None if found is None else found["losses"]
 
+    def seed_losses(self, by: Mapping[str, Any]) -> dict[str, float] | None:
+        """The seed's losses; ``None``: it was not measured, or another model was, or ``by`` other data."""
+        found = self._content["steps"].get(SEED_STEP, {})
+        same = found.get("by") == by and found.get("read") == _samples([self.seed])
+        return found["losses"] if same else None
+
     def done(self, step: RoundStep) -> bool:
-        """Whether a step is done, and its model is still there.
+        """Whether a step is done, and its model is still there, and so is all that it was made of.
+
+        What was deleted is made again, step by step; whatever was made of it stays as long as the same comes out.
 
         Raises:
             UsageError: it was done by another recipe, or from another model.
         """
         found = self._content["steps"].get(step.name)
-        if found is None or not any((step.model / name).is_file() for name in ("config.json", "adapter_config.json")):
+        read = self._read_by(step)
+        if found is None or not all(map(_is_there, (step.model, *read))):
             return False
         changed = first_difference(_decisive(_reread(found["recipe"], step)), _decisive(step.recipe))
-        if changed is None and found["read"] != self._samples(step):
+        if changed is None and found["read"] != _samples(read):
             changed = "the weights that it reads"
         if changed is not None:
             raise UsageError(
@@ -81,23 +91,39 @@ class ForestRecord:
             )
         return True
 
-    def keep(self, step: RoundStep | None, losses: dict[str, float], seconds: float) -> None:
-        """Record that a step is done; ``None``: that the seed was measured."""
-        found: dict[str, Any] = {"losses": losses, "seconds": round(seconds, 3)}
-        if step is not None:
-            found |= {"recipe": step.recipe.model_dump(mode="json"), "read": self._samples(step)}
-            self._content["again"] = [each for each in self._content["again"] if each != step.name]
-        self._content["steps"][step.name if step else SEED_STEP] = found
+    def keep(self, step: RoundStep, losses: dict[str, float], seconds: float) -> None:
+        """Record that a step is done."""
+        self._content["again"] = [each for each in self._content["again"] if each != step.name]
+        self._content["steps"][step.name] = {
+            "losses": losses,
+            "seconds": round(seconds, 3),
+            "recipe": step.recipe.model_dump(mode="json"),
+            "read": _samples(self._read_by(step)),
+        }
+        self.write()
+
+    def keep_seed(self, losses: dict[str, float], seconds: float, by: Mapping[str, Any]) -> None:
+        """Record that the seed was measured, ``by`` which data."""
+        found = {"losses": losses, "seconds": round(seconds, 3), "by": dict(by), "read": _samples([self.seed])}
+        self._content["steps"][SEED_STEP] = found
         self.write()
 
     def write(self) -> None:
         """Write the file as a whole."""
         write_text_whole(self.folder / FOREST, json.dumps(self._content, indent=2) + "\n")
 
-    def _samples(self, step: RoundStep) -> list[str]:
-        """Hashes of samples of all weights that a step reads, wherever they lie."""
-        read = [self.seed if name == SEED_STEP else self.folder / name for name in step.reads]
-        return [SafetensorsFolder(_weights(folder)).sample() for folder in read]
+    def _read_by(self, step: RoundStep) -> list[Path]:
+        """The folders of the models that a step reads."""
+        return [self.seed if name == SEED_STEP else _weights(self.folder / name) for name in step.reads]
+
+
+def _is_there(model: Path) -> bool:
+    return any((model / name).is_file() for name in ("config.json", "adapter_config.json")) or model.is_file()
+
+
+def _samples(models: Sequence[Path]) -> list[str]:
+    """Hashes of samples of all weights of some models, wherever they lie."""
+    return [SafetensorsFolder(model).sample() for model in models]
 
 
 def _weights(folder: Path) -> Path:

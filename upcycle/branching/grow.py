@@ -11,10 +11,13 @@ from typing import Any, Literal
 
 import torch
 
+from upcycle.architectures.clean_settings import CONFIG, clean_file
+from upcycle.architectures.stock import build_config
 from upcycle.branching.forest_record import ForestRecord
-from upcycle.branching.plan_rounds import SEED_STEP, RoundStep, held_out_data, plan_rounds
+from upcycle.branching.plan_rounds import RoundStep, held_out_data, plan_rounds
 from upcycle.branching.rounds_recipe import RoundsRecipe, parse_rounds_recipe, read_rounds_recipe
 from upcycle.conversion.convert import run_recipe
+from upcycle.conversion.jobs import job_of
 from upcycle.errors import UpcycleError
 from upcycle.files.atomic_files import write_text_whole
 from upcycle.files.locate import locate
@@ -26,11 +29,12 @@ from upcycle.progress import SILENT, Progress
 from upcycle.trainers.checkpoints.prepare_model import tokenizer_of
 from upcycle.trainers.data.batches import open_validation
 from upcycle.trainers.data.data_check import check_data
+from upcycle.trainers.data.packed_attention import check_fits
 from upcycle.trainers.distributed.launcher import launch_ranks
 from upcycle.trainers.distributed.ranks import process_group
 from upcycle.trainers.distributed.signals import INTERRUPTED
 from upcycle.trainers.recipe.data_recipe import DataRecipe
-from upcycle.trainers.recipe.training_recipe import TrainRecipe
+from upcycle.trainers.recipe.training_recipe import TrainRecipe, accumulation
 from upcycle.trainers.run.loop import train
 from upcycle.trainers.run.validation import validate
 
@@ -105,6 +109,7 @@ def look(recipe: RoundsRecipe | Mapping[str, Any] | str | Path) -> RoundsResult:
         UpcycleError: the recipe is wrong, or the output is that of another one.
     """
     rounds = _Rounds(_parsed(recipe), _silent, SILENT)
+    rounds.check_conversions()
     return rounds.result(time.monotonic(), stopped=False)
 
 
@@ -132,17 +137,19 @@ class _Rounds:
         except OSError as fault:
             raise cannot_write(self.folder, fault) from None
         try:
+            self.record = ForestRecord(self.folder, self.seed)  # another call may have gone on since it was read
             if restart:
                 self.record.begin_again(self.steps)
-            done = [self.record.done(step) for step in self.steps]  # a change of a step that is done is refused at once
-            self._check_data()
+            self.check_conversions()
+            self._check_trainings(nproc)
             self.record.write()
             write_text_whole(self.folder / RECIPE_FILE, self.recipe.dump())
-            if self.record.losses(SEED_STEP) is None:
+            if self.record.seed_losses(self._held_out()) is None:
                 began = time.monotonic()
-                self.record.keep(None, self._measured(self.seed, held_out_data(self.recipe)), time.monotonic() - began)
-            for step, finished in zip(self.steps, done, strict=True):
-                if not finished:
+                losses = self._measured(self.seed, held_out_data(self.recipe))
+                self.record.keep_seed(losses, time.monotonic() - began, self._held_out())
+            for step in self.steps:
+                if not self.record.done(step):
                     self.say(f"next: {step.name}: {_does(step)}")
                     if not self._carry_out(step, nproc):
                         return self.result(started, stopped=True)
@@ -155,25 +162,57 @@ class _Rounds:
         shown: list[StepShown] = []
         left = False
         for step in self.steps:
-            finished = not left and self.record.done(step)
+            finished = self.record.done(step)
             state: State = "done" if finished else "waiting" if left else "next"
             left = left or not finished
-            losses = self.record.losses(step.name) if finished else None
+            losses = self.record.losses(step) if finished else None
             shown.append(StepShown(step.name, _does(step), state, str(step.model), losses))
         return RoundsResult(
             output=str(self.folder),
             stopped=stopped,
-            seed=self.record.losses(SEED_STEP),
+            seed=self.record.seed_losses(self._held_out()),
             steps=shown,
             model=None if left else str(self.steps[-1].model),
             seconds=time.monotonic() - started,
         )
 
-    def _check_data(self) -> None:
-        """Read the text of all domains, so that a broken line of a late round is refused before the first."""
-        lengths = {step.recipe.length for step in self.steps if isinstance(step.recipe, TrainRecipe)}
-        for length in sorted(lengths):
-            check_data(held_out_data(self.recipe), tokenizer_of(self.seed), length, self.say)
+    def _held_out(self) -> dict[str, Any]:
+        """What decides the seed's losses, beside the seed: the text and how it is held out and packed."""
+        trained = next(step.recipe for step in self.steps if isinstance(step.recipe, TrainRecipe))
+        return {
+            "length": trained.length,
+            "data": held_out_data(self.recipe).model_dump(mode="json", exclude={"cache"}),
+        }
+
+    def _check_trainings(self, nproc: int | None) -> None:
+        """Refuse what would stop a late run before the first one begins: rows, broken lines, a batch that ranks cannot divide.
+
+        Raises:
+            UpcycleError: names what is wrong.
+        """
+        runs = [step.recipe for step in self.steps if isinstance(step.recipe, TrainRecipe)]
+        tokenizer, config = tokenizer_of(self.seed), build_config(clean_file(self.seed / CONFIG), str(self.seed))
+        for run in runs:
+            accumulation(run, nproc or 1)
+        for length in sorted({run.length for run in runs}):
+            check_fits(config, tokenizer, length)
+            check_data(held_out_data(self.recipe), tokenizer, length, self.say)
+
+    def check_conversions(self) -> None:
+        """Plan all conversions that are left, with the seed in the place of its branches, which are of the same architecture.
+
+        Raises:
+            UpcycleError: a conversion is impossible, or a step that is done was done otherwise; names the step, and why.
+        """
+        left = [step for step in self.steps if not self.record.done(step)]
+        for step in left:
+            if isinstance(step.recipe, TrainRecipe):
+                continue
+            sources = [source.model_copy(update={"name": str(self.seed)}) for source in step.recipe.sources]
+            try:
+                job_of(step.recipe.model_copy(update={"source": str(self.seed), "sources": sources}))
+            except UpcycleError as error:
+                raise type(error)(f"{step.name}: {error.message}", hint=error.hint) from None
 
     def _carry_out(self, step: RoundStep, nproc: int | None) -> bool:
         """Do one step, measure its model, and record it; returns false where a signal stopped it."""
