@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from upcycle.errors import UsageError
-from upcycle.models.own.routing.causal_choice import CausalChoiceRule
+from upcycle.models.own.routing.causal_choice import CausalChoiceRule, ChoiceCorrection
 from upcycle.trainers.losses.base import make_losses
 from upcycle.trainers.routing.choosing_experts import chosen_by_experts
 from upcycle.trainers.routing.router_records import RouterRecord
@@ -57,6 +57,14 @@ def test_the_router_itself_gets_no_gradient() -> None:
     got, of_router = torch.autograd.grad(loss([record(z, correction)]), (correction, z), allow_unused=True)
     assert got.abs().min() > 0
     assert of_router is None
+    x = torch.randn(B * S, 5, requires_grad=True)
+    predictor = ChoiceCorrection(E, 5)
+    with torch.no_grad():
+        predictor.weight.fill_(1.0)
+    found = loss([record(draw(3), predictor(x))])
+    weight, of_token = torch.autograd.grad(found, (predictor.weight, x), allow_unused=True)
+    assert weight.abs().max() > 0
+    assert of_token is None
 
 
 def test_without_expert_choice_there_is_nothing_to_predict() -> None:
