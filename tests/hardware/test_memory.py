@@ -44,7 +44,9 @@ def test_large_blocks_lie_in_the_heap() -> None:
     assert in_the_heap("unmapped", 20) == "False"
 
 
-@pytest.mark.parametrize("setting", [memory.keep_freed_memory, lambda: memory.reuse_freed_memory(2**20), memory.unmap_large_blocks])
+@pytest.mark.parametrize(
+    "setting", [memory.keep_freed_memory, lambda: memory.reuse_freed_memory(2**20), memory.unmap_large_blocks]
+)
 def test_other_c_libraries_stay_as_they_are(monkeypatch: pytest.MonkeyPatch, setting: Callable[[], bool]) -> None:
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: object())
     assert not setting()

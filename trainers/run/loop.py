@@ -168,10 +168,7 @@ class _Run:
     def run(self) -> TrainResult:
         """Train until the last stage's end, or until a signal."""
         started = time.perf_counter()
-        if self.recipe.keep_memory and not keep_freed_memory():
-            self.say("warning: keep_memory has no effect: it needs glibc, and this system has another C library")
-        if not self.recipe.keep_memory and self.ranks.world_size > 1 and self.recipe.zero.stage == 3:
-            unmap_large_blocks()  # ranks that hold parts of a model gather the others' all the time, and must not keep them
+        set_allocator(self.recipe, self.ranks.world_size, self.say)
         check_run_folder(self.folder, self.origin, self.recipe.saving.export, self.ranks)
         with locked(self.folder, self.ranks):
             check_shared(self.folder, self.ranks)
@@ -365,6 +362,15 @@ class _Run:
         size = sum(spec.nbytes for spec in SafetensorsFolder(self.origin).specs.values()) if exports else 0
         warning = check_room(self.folder, stage.tensors, saves, self.recipe.saving.keep, size, self.ranks)
         return [warning] if warning else []
+
+
+def set_allocator(recipe: TrainRecipe, world_size: int, say: Callable[[str], None]) -> None:
+    """Keep freed memory if the recipe says so; otherwise give it back where ranks gather each other's weights all the time."""
+    if recipe.keep_memory:
+        if not keep_freed_memory():
+            say("warning: keep_memory has no effect: it needs glibc, and this system has another C library")
+    elif world_size > 1 and recipe.zero_stage(world_size) == 3:
+        unmap_large_blocks()
 
 
 def _seed(seed: int, step: int, rank: int) -> int:

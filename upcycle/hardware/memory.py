@@ -53,10 +53,9 @@ def unmap_large_blocks() -> bool:
     """Make glibc give every block of a mebibyte and more back when it is freed, for ranks whose memory is scarce.
 
     By itself, glibc begins to keep blocks once one of their size was freed: its threshold for what is mapped rises to that size, up to
-    32 MiB, and kept blocks that lie between others are reused only by what fits into them. ZeRO-3 gathers every layer's weights
-    anew, in blocks of many sizes, some of them in the threads of gloo, so that a rank came to hold more than the whole model
-    (``tests/benchmarks/training/divided_memory.py``). A threshold that is set does not rise. The price is time: the system
-    clears the pages of every gathered weight.
+    32 MiB (mallopt(3)), and kept blocks that lie between others are reused only by what fits into them. ZeRO-3 gathers every layer's
+    weights anew, in blocks of many sizes, some of them in the threads of gloo, so that a rank came to hold more than the whole
+    model. A threshold that is set does not rise. The price is time: the system clears the pages of every gathered weight.
 
     Returns:
         False where the C library is not glibc, which alone has these settings.

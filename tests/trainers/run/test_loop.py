@@ -22,7 +22,7 @@ from upcycle.trainers.checkpoints.write import finished
 from upcycle.trainers.distributed import launcher
 from upcycle.trainers.distributed.signals import STOPPING, Stopped
 from upcycle.trainers.recipe.data_recipe import DataRecipe
-from upcycle.trainers.run import stage
+from upcycle.trainers.run import loop, stage
 from upcycle.trainers.run.step import Stepper
 
 Model = Callable[[str], Path]
@@ -34,6 +34,20 @@ def hangups_count() -> Iterator[None]:
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("keep", "zero", "ranks", "wanted"),
+    [(False, 3, 2, "unmap"), (False, 3, 1, ""), (False, 1, 2, ""), (True, 3, 2, "keep")],
+)
+def test_ranks_that_gather_weights_give_memory_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: bool, zero: int, ranks: int, wanted: str
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(loop, "keep_freed_memory", lambda: not done.append("keep"))
+    monkeypatch.setattr(loop, "unmap_large_blocks", lambda: not done.append("unmap"))
+    loop.set_allocator(recipe_for(tmp_path, tmp_path, keep_memory=keep, zero={"stage": zero}), ranks, done.append)
+    assert " ".join(done) == wanted
 
 
 def test_a_run_learns_logs_and_keeps_its_newest_checkpoints(pico_moe: Model, tmp_path: Path) -> None:
