@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from upcycle.architectures.dense.widened import refuse_masked
 from upcycle.architectures.module_paths import module_paths_of
 from upcycle.errors import EnvironmentFault, UpcycleError
 from upcycle.files.formats.tensor_files import SafetensorsFolder
@@ -160,6 +161,7 @@ class _Run:
             if stage.distillation:
                 parents.add(parent_folder(stage.distillation.parent, self.origin))
             for folder in filter(None, parents):
+                refuse_masked(folder, str(folder))  # without its masks, it would teach what random weights say
                 try:
                     check_parent_tokens(tokenizer_of(folder), self.tokenizer, folder)
                 except EnvironmentFault as error:

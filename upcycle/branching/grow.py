@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from upcycle.architectures.clean_settings import CONFIG, clean_file
+from upcycle.architectures.dense.widened import refuse_masked
 from upcycle.architectures.stock import build_config
 from upcycle.branching.forest_record import ForestRecord
 from upcycle.branching.plan_rounds import RoundStep, held_out_data, plan_rounds
@@ -124,6 +125,7 @@ class _Rounds:
         self.recipe, self.say, self.progress = recipe, say, progress
         self.steps = plan_rounds(recipe)
         self.seed = locate(recipe.source).path
+        refuse_masked(self.seed, recipe.source)
         self.folder = real_path(recipe.output)
         check_apart(self.folder, self.seed, "the seed", inside=True)
         self.record = ForestRecord(self.folder, self.seed)

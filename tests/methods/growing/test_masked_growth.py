@@ -136,6 +136,18 @@ def test_it_is_verified_planned_and_refused_until_it_was_trained(pico: Pico, tmp
         upcycle.convert(str(out), tmp_path / "moe", experts=2, top_k=1, **UNCHECKED)
     with pytest.raises(UsageError, match="was grown by masked_growth"):
         upcycle.evaluate(str(out), text="prose", tokens=64)
+    pytest.importorskip("deepspeed")
+    from upcycle.branching.grow import look
+    from upcycle.trainers.run.loop import train
+
+    source = str(pico("llama"))
+    taught = recipe_for(pico("llama"), tmp_path / "taught", stage={"losses": {}, "distillation": {"parent": str(out)}})
+    with pytest.raises(UsageError, match="was grown by masked_growth"):
+        train(taught)
+    branches = {"output": source + "-forest", "domains": {"cats": "cats.txt"}, "rounds": 1}
+    stages = [{"steps": 2, "learning_rate": 0.01, "masks": {"steps": 1}}]
+    with pytest.raises(UsageError, match="was grown by masked_growth"):
+        look({"source": str(out), **branches, "training": {"stages": stages}})
 
 
 @pytest.mark.parametrize(
