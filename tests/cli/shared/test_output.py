@@ -184,6 +184,7 @@ def test_nothing_else_prints() -> None:
     # Workers answer the process that started them; the others are tools of developers, started by python -m.
     others = {
         "upcycle/cli/shared/output.py",
+        "upcycle/cli/shared/left_column.py",  # a column of the bars that output.py draws
         "upcycle/cli/verbs/tools/init.py",  # asks, and its questions have nothing of files in them
         "upcycle/cli/commands_page.py",
         "upcycle/evaluation/speed_worker.py",
