@@ -17,6 +17,7 @@ from training_runs import write_text
 
 import upcycle.branching.grow as growing
 from upcycle.branching.grow import RoundsResult, grow, look
+from upcycle.branching.rounds_recipe import parse_rounds_recipe, read_rounds_recipe
 from upcycle.cli.main import cli
 from upcycle.errors import UsageError
 from upcycle.trainers.run.loop import train
@@ -257,3 +258,9 @@ def test_the_command_shows_what_is_next(pico: Pico, tmp_path: Path) -> None:
     keys = json.loads(CliRunner().invoke(cli, ["grow", str(path), "--dry-run", "--json"]).stdout)
     assert list(keys) == ["output", "stopped", "seed", "steps", "model", "seconds"]
     assert list(keys["steps"][0]) == ["step", "does", "state", "model", "losses"]
+
+
+def test_the_recipe_that_is_written_into_the_forest_is_read_again(pico: Pico, tmp_path: Path) -> None:
+    parsed = parse_rounds_recipe(recipe(pico("llama"), tmp_path), "recipe")
+    (tmp_path / "recipe.yaml").write_text(parsed.dump())
+    assert read_rounds_recipe(tmp_path / "recipe.yaml") == parsed

@@ -133,7 +133,9 @@ class RoundsRecipe(StrictSettings):
                 return f"{part}: data has no domains here; they stand in the recipe's own key domains"
         if self.tuning is not None and self.last is None:
             return "tuning trains what last makes, and there is no last; add last: {method: branch_train_mix}"
-        if self.branch == "merge" and (self.most is not None or "sample" in self.model_fields_set):
+        if self.branch == "merge" and (
+            self.most is not None or self.sample != type(self).model_fields["sample"].default
+        ):
             return "sample and most are for branch: posteriors; leave them out"
         return None
 
