@@ -24,7 +24,7 @@ _WEIGHT = "weight"  # of a message: 0 or 1, as in OpenAI's fine-tuning files
 
 
 class Broken(NamedTuple):
-    """A row that cannot be read; the message says where it is and why, and ``image`` is the file, if one of its images is the reason."""
+    """A row that cannot be read; the message says where it is and why. ``image`` is the file, where that is one of its images."""
 
     message: str
     image: str | None = None
