@@ -7,6 +7,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from training_runs import recipe_for, run
 
 import upcycle
 from upcycle.cli.main import cli
-from upcycle.errors import UsageError
+from upcycle.errors import UpcycleError, UsageError
+from upcycle.evaluation.evaluate import Evaluation
 from upcycle.evaluation.routing_habits import predictable, shared_information
 
 Moe = Callable[..., Path]
@@ -137,3 +139,36 @@ def test_what_cannot_be_asked_is_said(pico_moe: Moe, tmp_path: Path) -> None:
         upcycle.evaluate(pico_moe("mixtral"), earlier=["x"])
     with pytest.raises(UsageError, match=r"dense model|MoE layer"):
         upcycle.evaluate("demo", routing=True, window=32, tokens=64)
+
+
+def test_what_is_missing_is_noticed_before_a_model_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def unwanted(*_: object, **__: object) -> None:
+        raise AssertionError("dear work")
+
+    monkeypatch.setattr("upcycle.evaluation.routing_habits.load_model", unwanted)
+    monkeypatch.setattr("upcycle.evaluation.evaluate.score_tasks", unwanted)
+    with pytest.raises(UpcycleError, match="away"):
+        upcycle.evaluate("demo", routing=True, earlier=[tmp_path / "away"])
+    with pytest.raises(UpcycleError, match="away"):
+        upcycle.evaluate("demo", routing=True, text=str(tmp_path / "away.txt"))
+    with pytest.raises(UsageError, match="--earlier compares"):
+        upcycle.evaluate("demo", tasks="arc_easy", earlier=["run"])
+
+
+def test_a_reference_is_compared_beside_what_routers_follow(pico_moe: Moe) -> None:
+    folder = pico_moe("mixtral")
+    found = upcycle.evaluate(folder, routing=True, reference=folder, window=WINDOW, tokens=96)
+    assert found.routing
+    assert [text.reference_nats_per_token for text in found.texts] == [text.nats_per_token for text in found.texts]
+    assert len(found.texts) == 2
+
+
+def test_speed_and_routing_of_encoders_are_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are measured by other code than texts, whose result was returned alone."""
+    monkeypatch.setattr("upcycle.evaluation.evaluate.encoder_folder", Path)
+    monkeypatch.setattr("upcycle.evaluation.evaluate._of_encoder", lambda *_: Evaluation("m", None, 8, 8, [], []))
+    monkeypatch.setattr("upcycle.evaluation.evaluate.measure_speed", lambda *_, **__: SimpleNamespace(as_dict=dict))
+    monkeypatch.setattr("upcycle.evaluation.evaluate.routing_habits", lambda *_, **__: "habits")
+    found = upcycle.evaluate("demo", text="prose", speed=True, routing=True)
+    assert found.speed
+    assert found.routing == "habits"

@@ -15,7 +15,8 @@ from upcycle.recipe.conversion_recipe import read_recipe, recipe_error
 from upcycle.recipe.shipped_recipes import needed_recipe_file
 from upcycle.registry import LOSSES, suggestion
 from upcycle.trainers.recipe.adapter_recipe import AdapterRecipe, check_alone
-from upcycle.trainers.recipe.data_recipe import DataRecipe, written_out
+from upcycle.trainers.recipe.data_recipe import DataRecipe
+from upcycle.trainers.recipe.laid_keys import STAGE_NAME, lay
 from upcycle.trainers.recipe.part_recipes import (
     AlarmParameters,
     BiasBalanceParameters,
@@ -28,7 +29,6 @@ from upcycle.trainers.recipe.part_recipes import (
 from upcycle.trainers.recipe.schedules import PRESETS, Schedule, preset
 
 STAGE_DEFAULT = ("all",)
-STAGE_NAME = "train"  # of a stage that is given none
 
 
 class OptimizerRecipe(StrictSettings):
@@ -331,54 +331,8 @@ def read_train_recipe(path: Path, overlaid: dict[str, Any] | None = None) -> Tra
     path = needed_recipe_file(str(path), "train")
     content = read_recipe(path)
     for key, value in (overlaid or {}).items():
-        _lay(content, key, value)
+        lay(content, key, value, StageRecipe.model_fields)
     return parse_train_recipe(content, str(path))
-
-
-def _lay(content: Any, path: str, value: Any) -> None:
-    """Set the key at a dotted path of a recipe to ``value``.
-
-    A stage is named by its number, from 0, or by its name (``train`` if it has none). A single stage may be left out of the path:
-    ``stages.train=[router]`` then sets its key ``train``, while ``stages.train.steps`` means the stage of that name. Short forms on
-    the way (``data: FILE``, a single stage, domains by name) are written out first, so that keys below them can be set.
-    """
-    *parents, last = path.split(".")
-    holder: Any = None
-    key: Any = None
-    for place, parent in enumerate(parents):
-        holder, key = content, parent
-        if isinstance(content, list):
-            key = _place(content, parent, path)
-            content = content[key]
-        else:
-            content = content.get(parent)
-        if parent == "stages" and place == 0 and isinstance(content, (dict, list)):
-            content = [content] if isinstance(content, dict) else content
-            word, more = path.split(".")[1], path.count(".") > 1
-            named = more and word == (content[0].get("name", STAGE_NAME) if content else None)
-            if len(content) == 1 and word in StageRecipe.model_fields and not named:
-                holder[key] = content
-                holder, key, content = content, 0, content[0]
-        elif parent == "data" and content is not None:
-            content = written_out(content)
-        elif not isinstance(content, (dict, list)):
-            content = {}
-        holder[key] = content
-    if isinstance(content, list):
-        content[_place(content, last, path)] = value
-    else:
-        content[last] = value
-
-
-def _place(listed: list[Any], word: str, path: str) -> int:
-    unnamed = STAGE_NAME if path.startswith("stages.") else None
-    names = [item.get("name", unnamed) if isinstance(item, dict) else None for item in listed]
-    if word in names:
-        return names.index(word)
-    if word.isdigit() and int(word) < len(listed):
-        return int(word)
-    known = ", ".join(str(name or number) for number, name in enumerate(names))
-    raise UsageError(f"{path}: there is no '{word}'", hint=f"use one of {known}")
 
 
 def accumulation(recipe: TrainRecipe, world_size: int) -> int:

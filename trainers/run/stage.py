@@ -114,8 +114,6 @@ class Stage:
         if not divided:
             self.stepper.attach()
         self.trained = select(self.model, stage_recipe.train)
-        if reads_images(self.model) and any(part_name(self.model, name) != "language" for name in self.trained):
-            check_reduction(recipe, stage_recipe, ranks.world_size)
         if divided and recipe.zero_stage(ranks.world_size) < 3 and "experts" not in self.trained.values():
             raise UsageError(
                 f"stage '{stage_recipe.name}': no expert trains, and below ZeRO's stage 3 DeepSpeed's AutoEP needs one that does",
@@ -276,6 +274,8 @@ class Stage:
         return LogitCache(folder, recipe.top_p, recipe.most)
 
     def _engine(self, ranks: Ranks) -> Any:
+        if reads_images(self.model) and any(part_name(self.model, name) != "language" for name in self.trained):
+            check_reduction(self.recipe, self.stage_recipe, ranks.world_size)
         deepspeed = import_deepspeed()
         config = deepspeed_config(self.recipe, self.model, ranks.world_size)
 

@@ -8,10 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
-import torch
-from torch.nn.functional import cross_entropy
-
-from upcycle.architectures.module_paths import text_config
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.errors import UsageError
 from upcycle.evaluation.encoders.embeddings import EmbeddingResult
@@ -21,10 +17,10 @@ from upcycle.evaluation.encoders.two_inputs import RetrievalResult, measure_two_
 from upcycle.evaluation.routing_habits import RoutingHabits, routing_habits
 from upcycle.evaluation.speed import Speed, measure_speed
 from upcycle.evaluation.task_scores import TaskScores, score_tasks
+from upcycle.evaluation.window_losses import WindowRunner
 from upcycle.files import records
 from upcycle.files.locate import locate
 from upcycle.files.user_paths import user_path
-from upcycle.models.load import load_model
 from upcycle.notebook import IN_NOTEBOOKS, HtmlShown
 from upcycle.progress import Progress
 from upcycle.recipe.recipe_parts import CalibrationRecipe
@@ -35,7 +31,6 @@ from upcycle.trainers.routing.router_load import LayerLoad, layer_load, load_cou
 from upcycle.verification.verdict import json_numbers, perplexity_of
 
 SAMPLE = 8192  # tokens of each text: a whole text can take an hour
-_BATCH_LOGIT_BYTES = 1 << 28  # of the fp32 logits of a batch, at most
 
 
 @dataclass(frozen=True)
@@ -146,8 +141,10 @@ def evaluate(
         raise UsageError("--tokens and --full: give one of them", hint="--full reads whole texts")
     if tokens is not None and tokens < 2:
         raise UsageError(f"--tokens: at least 2 are needed to measure a text, got {tokens}", hint="leave --tokens out")
+    if earlier and not routing:
+        raise UsageError("--earlier compares what routers choose", hint="--routing --earlier RUN")
     other = str(reference) if reference else None
-    scores = timed = None
+    scores = timed = habits = None
     if tasks:
         task_names = [tasks] if isinstance(tasks, str) else list(tasks)
         folder = Path(task_folder) if task_folder else None
@@ -156,16 +153,13 @@ def evaluate(
     if speed:
         timed = measure_speed(str(model), other, progress=progress)
         _keep(str(model), {"speed": timed.as_dict()}, progress)
-    if earlier and not routing:
-        raise UsageError("--earlier compares what routers choose", hint="--routing --earlier RUN")
     given = [text] if isinstance(text, str) else list(text or [])
-    habits = None
     if routing:
         most = None if full else tokens or SAMPLE
         habits = routing_habits(
             str(model), given or list(DEMO_TEXTS), most, window, list(map(str, earlier)), progress=progress
         )
-    names = given or ([] if scores or timed or habits else list(DEMO_TEXTS))
+    names = given or ([] if scores or timed or (habits and not other) else list(DEMO_TEXTS))
     if names and reads_more(str(model)) is not None:
         sources = [str(images)] if images else []
         wanted = {
@@ -175,10 +169,11 @@ def evaluate(
             "window": max(8, window),
         }
         recipe = CalibrationRecipe.model_validate(wanted)
-        return _of_two_inputs(str(model), other, recipe, sys.maxsize if full else tokens, progress)
+        found = _of_two_inputs(str(model), other, recipe, sys.maxsize if full else tokens, progress)
+        return replace(found, tasks=scores, speed=timed, routing=habits)
     if names and encoder_folder(str(model)) is not None:
         chosen = names if text else [*DEMO_TEXTS, EVERYDAY]
-        return _of_encoder(
+        found = _of_encoder(
             str(model),
             other,
             chosen,
@@ -187,6 +182,7 @@ def evaluate(
             sys.maxsize if full else tokens,
             progress,
         )
+        return replace(found, tasks=scores, speed=timed, routing=habits)
     if images:
         raise UsageError(f"{model} reads no images", hint="leave --images out")
     if not names:
@@ -228,7 +224,7 @@ def _on_texts(
         if longer and tokens == SAMPLE:
             progress.tell(f"reading the first {tokens:,} tokens of each text ({', '.join(longer)}); --full reads all")
         progress.advance()
-        runner = _Runner(model, window, stride)
+        runner = WindowRunner(model, window, stride)
         progress.advance()
     with load_counts(runner.model) as counts:
         measured = {name: runner.loss(ids, progress, name) for name, ids in encoded.items()}
@@ -236,7 +232,7 @@ def _on_texts(
     compared: dict[str, float] = {}
     if reference:
         del runner.model
-        other = _Runner(reference, runner.window, runner.stride)
+        other = WindowRunner(reference, runner.window, runner.stride)
         _same_vocabulary(tokenizer, load_tokenizer(locate(reference).path), model, reference)
         compared = {name: other.loss(ids, progress, f"{name} (reference)")[0] for name, ids in encoded.items()}
     texts = [
@@ -347,44 +343,3 @@ def _same_vocabulary(first: Any, second: Any, model: str, reference: str) -> Non
             f"{model} and {reference} have different vocabularies; perplexity per token cannot be compared",
             hint="compare models that share a tokenizer",
         )
-
-
-class _Runner:
-    """Runs a model in memory over the windows of a text."""
-
-    def __init__(self, name: str, window: int, stride: int | None) -> None:
-        self.model = load_model(name)
-        self.config = text_config(self.model.config)
-        self.window = min(window, self.config.max_position_embeddings)
-        self.stride = stride or max(1, self.window // 2)
-        if not 0 < self.stride < self.window:
-            raise UsageError(f"the stride ({self.stride}) must be at least 1 and below the window ({self.window})")
-
-    def loss(self, ids: torch.Tensor, progress: Progress, title: str) -> tuple[float, int]:
-        """Return the mean negative log likelihood in nats, and the number of predicted tokens."""
-        if len(ids) < 2:
-            raise UsageError(f"{title}: fewer than two tokens", hint="choose a longer --text")
-        starts = list(range(0, max(1, len(ids) - self.window + self.stride), self.stride))
-        per_batch = max(1, _BATCH_LOGIT_BYTES // (4 * self.window * self.config.vocab_size))
-        total, predicted = 0.0, 0
-        with progress.phase(f"reading {title}", len(starts)), torch.no_grad():
-            for first in range(0, len(starts), per_batch):
-                for batch in _equal_lengths(
-                    [ids[start : start + self.window] for start in starts[first : first + per_batch]]
-                ):
-                    logits = self.model(batch, use_cache=False).logits
-                    losses = cross_entropy(logits[:, :-1].transpose(1, 2), batch[:, 1:], reduction="none")
-                    for row, loss in enumerate(losses):
-                        is_first = predicted == 0 and row == 0
-                        # The last window may be short; its new tokens are those after the overlap.
-                        new = loss if is_first else loss[self.window - self.stride - 1 :]
-                        total += new.double().sum().item()
-                        predicted += len(new)
-                    progress.advance(len(batch))
-        return total / predicted, predicted
-
-
-def _equal_lengths(windows: list[torch.Tensor]) -> list[torch.Tensor]:
-    full = [window for window in windows if len(window) == len(windows[0])]
-    rest = [window[None] for window in windows[len(full) :]]
-    return [torch.stack(full), *rest]

@@ -117,12 +117,14 @@ def routing_habits(
     Raises:
         UsageError: it is no MoE whose routers can be read, a text is shorter than two windows, or an earlier model has other layers.
     """
+    contents = {name: read_text(name) for name in names}
+    before = _earlier(earlier)
     loaded = load_model(model)
     window = min(window, text_config(loaded.config).max_position_embeddings)
     tokenizer = load_tokenizer(locate(model).path)
     first, second = [], []
-    for name in names:
-        ids = encode(tokenizer, read_text(name))[:tokens]
+    for name, content in contents.items():
+        ids = encode(tokenizer, content)[:tokens]
         rows = ids[: len(ids) // window * window].view(-1, window)
         if len(rows) < 2:
             raise UsageError(
@@ -139,7 +141,7 @@ def routing_habits(
     ids = windows.flatten()
     known = torch.isin(ids[split:], ids[:split])
     layers = [_layer(layer, ids, found, split, window, capacity_factor) for layer, found in chosen.items()]
-    compared = [_compared(folder, step, windows, chosen, progress) for folder, step in _earlier(earlier)]
+    compared = [_compared(folder, step, windows, chosen, progress) for folder, step in before]
     return RoutingHabits(len(ids), window, capacity_factor, int(known.sum()), layers, compared)
 
 
