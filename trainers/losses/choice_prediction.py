@@ -7,7 +7,7 @@ from pydantic import Field
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from upcycle.errors import UsageError
-from upcycle.models.own.routing.causal_choice import predictions
+from upcycle.models.own.routing.causal_choice import predicted_choices
 from upcycle.trainers.distributed.reduction import counted, token_count
 from upcycle.trainers.losses.base import Loss, LossParameters
 from upcycle.trainers.routing.router_records import RouterRecord
@@ -47,7 +47,7 @@ class ChoicePrediction(Loss):
                 hint="set control: {choice: expert_choice} beside it, for a model converted with --target upcycle_moe --routing "
                 "causal_choice",
             )
-        odds = predictions(widened(record.logits).detach(), record.correction)
+        odds = predicted_choices(widened(record.logits).detach(), record.correction)
         each = binary_cross_entropy_with_logits(odds, record.chosen.to(odds.dtype), reduction="none").mean(
             1, keepdim=True
         )

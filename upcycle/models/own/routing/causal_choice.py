@@ -81,12 +81,12 @@ class CausalChoiceRule(RouterRule):
         """See :class:`~upcycle.models.own.routing.base.RouterRule`; ``correction`` ``[T, E]`` is ``w x + b``, and 0 if left out."""
         scores = logits.softmax(-1)
         odds = math.log(self.threshold / (1 - self.threshold)) if self.threshold else -math.inf
-        active = predictions(logits.detach(), correction) > odds - _TIE
+        active = predicted_choices(logits.detach(), correction) > odds - _TIE
         sums = scores.masked_fill(~active, 0.0).sum(-1, keepdim=True)
         return weighted(scores / sums.masked_fill(sums == 0, 1.0), active)
 
 
-def predictions(logits: torch.Tensor, correction: torch.Tensor | None) -> torch.Tensor:
+def predicted_choices(logits: torch.Tensor, correction: torch.Tensor | None) -> torch.Tensor:
     """Return the log odds that experts take tokens, ``[T, E]`` in the dtype of ``logits``, from logits and corrections ``[T, E]``."""
     own = logits.log_softmax(-1) + math.log(logits.shape[-1])
     return own if correction is None else own + correction.to(own.dtype)
