@@ -134,10 +134,10 @@ def number(value: float) -> str:
 
 
 def names_legend(names: Sequence[str], dots: bool = False) -> Markup:
-    """Return a legend with each series' name beside its stroke, or its dot; empty for a single series."""
-    if len(names) < 2:
+    """Return a legend with each series' name beside its stroke, or its dot, for those that have a name; empty for a single one."""
+    if len([name for name in names if name]) < 2:
         return Markup("")
     stroke = Markup('class="dots lone s{}" d="M22 4h0"') if dots else Markup('class="line s{}" d="M1 4H27"')
     template = Markup('<span><svg class="key" viewBox="0 0 28 8" aria-hidden="true"><path {}/></svg>{}</span>')
-    items = Markup("").join(template.format(stroke.format(i), escape(name)) for i, name in enumerate(names))
+    items = Markup("").join(template.format(stroke.format(i), escape(name)) for i, name in enumerate(names) if name)
     return Markup('<div class="legend">{}</div>').format(items)

@@ -96,13 +96,15 @@ def lines(
         x=Axis(x, [(place(t, x_low, x_high), number(t)) for t in x_ticks]),
         y=Axis(y, [(place(t, y_low, y_high), label(t)) for t in y_ticks]),
         wide=wide,
-        legend=names_legend([line.name for line in series], dots=lone),
+        legend=names_legend(
+            [line.name if points or not lone else "" for line, points in zip(series, drawn, strict=True)], dots=lone
+        ),
         values={
             "kind": "lines",
             "x": x,
             "y": y,
             "range": [x_low, x_high],
-            "series": [_values(line) for line in series],
+            "series": [_values(line) for line in series if line.x or not lone],
         },
     )
 

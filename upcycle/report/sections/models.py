@@ -87,17 +87,19 @@ def _flops(model: Mapping[str, Any], first: Mapping[str, Any]) -> float | None:
 
 def _plot(models: Sequence[Mapping[str, Any]], texts: Sequence[str], cost: Any, words: tuple[str, str]) -> Plot | None:
     """Return a plot of the mean perplexity against a cost, with a dot for each model; None where fewer than two have both."""
-    dots = []
+    dots, series = [], []  # a model without a dot has a series, too, so that its colour is the same in every plot
     for model in models:
         found = {domain["text"]: domain["perplexity"] for domain in model["quality"].get("domains", ())}
         known = [found[text] for text in texts if found.get(text)]
         place = cost(model, models[0])
+        points: list[tuple[float, float]] = []
         if place is not None and known and len(known) == len(texts):
-            dots.append((model["out"], place, math.exp(sum(map(math.log, known)) / len(known))))
+            points = [(place, math.exp(sum(map(math.log, known)) / len(known)))]
+        dots += [(model["out"], *point) for point in points]
+        series.append(Series(model["out"], [x for x, _ in points], [y for _, y in points]))
     if len(dots) < 2:
         return None
     best = min(dots, key=lambda dot: dot[2])
     title, label = words
     reading = f"Lower and further left is better. Of the lowest perplexity: {best[0]}, {best[2]:.2f} at {best[1]:.2f}x."
-    series = [Series(name, [x], [y]) for name, x, y in dots]
     return lines(series, title=title, reading=reading, x=label, y="perplexity (geometric mean)", wide=True)
