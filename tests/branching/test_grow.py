@@ -57,6 +57,7 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.long
 def test_a_round_trains_every_branch_and_merges_them(pico: Pico, tmp_path: Path) -> None:
     content = recipe(pico("llama"), tmp_path)
     before = look(content)

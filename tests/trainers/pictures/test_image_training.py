@@ -122,6 +122,7 @@ def test_images_of_other_sizes_in_models_of_other_classes(wrapper: str, tmp_path
     assert first_step(folder, tmp_path, data, {}, **keys)["loss"] == pytest.approx(expected, rel=ROUNDING)
 
 
+@pytest.mark.long
 def test_experts_that_are_copies_begin_with_the_dense_loss_and_balance_each_part_by_its_formula(
     llava: Path, moe: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -392,6 +393,7 @@ def test_gradients_that_ranks_have_in_unlike_orders_are_not_added_as_they_come(
         assert refused.value.hint == "set zero.stage: 1, without overlap_comm"
 
 
+@pytest.mark.long
 def test_a_pass_without_images_where_encoders_alone_have_routers(llava: Path, data: Path, tmp_path: Path) -> None:
     """No router runs in it, and its losses are none: the global batch has those of its images."""
     upcycle.convert(str(llava), tmp_path / "seeing", part="vision", **COPIES)
