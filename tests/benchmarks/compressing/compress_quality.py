@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[i] / "support") for i in (1, 2)]
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -74,6 +75,34 @@ class Result:
     following: float
     seconds: float
     size: int
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A MoE that was observed on the calibration texts of ``domains.py``."""
+
+    model: Path
+    file: Path
+    tokens: int
+
+    @classmethod
+    def now(cls, model: Path, folder: Path, tokens: int) -> Observed:
+        """Observe it into a folder."""
+        file = folder / "seen.safetensors"
+        observe(str(model), file, ",".join(map(str, texts()[0])), tokens)
+        return cls(model, file, tokens)
+
+    def cut(self, out: Path, **keys: Any) -> Any:
+        """Compress it; ``keys`` are those of the recipe."""
+        calibration = {"text": [str(path) for path in texts()[0]], "tokens": self.tokens}
+        unverified = {"enabled": False}
+        told = {
+            "overwrite": True,
+            "observations": str(self.file),
+            "calibration": calibration,
+            "verification": unverified,
+        }
+        return upcycle.convert(str(self.model), out, **told, **keys)
 
 
 def windows_of(path: Path, tokenizer: object, most: int = MEASURED) -> torch.Tensor:
@@ -193,7 +222,6 @@ def main() -> int:
     parser.add_argument("--rows", type=Path, help="rows are added to this file, and those in it are not measured again")
     options = parser.parse_args()
     model = the_model(options.model, options.train_tokens)
-    calibration, _ = texts()
     _, evaluation = texts((*DOMAINS, FOREIGN))
     dense, said = perplexities(model, evaluation, options.measured), written(model, evaluation)[0]
     print("uncut:", ", ".join(f"{name} {value:.2f}" for name, value in dense.items()), flush=True)
@@ -202,9 +230,8 @@ def main() -> int:
     asked = {"model": str(model), "tokens": options.tokens, "measured": options.measured, "uncut": rounded}
     known = rows_of(options.rows, asked) if options.rows else {}
     with tempfile.TemporaryDirectory() as folder:
-        seen, text = Path(folder) / "seen.safetensors", ",".join(map(str, calibration))
         started = time.monotonic()
-        observe(str(model), seen, text, options.tokens)
+        observed = Observed.now(model, Path(folder), options.tokens)
         print(f"observed once in {time.monotonic() - started:.0f} s", flush=True)
         for keep in KEPT:
             for method in options.methods:
@@ -215,17 +242,7 @@ def main() -> int:
                         results.append(one)
                         continue
                     out = Path(folder) / "out"
-                    made = upcycle.convert(
-                        str(model),
-                        out,
-                        overwrite=True,
-                        method=method,
-                        keep=keep,
-                        refit=refit,
-                        observations=str(seen),
-                        calibration={"text": text.split(","), "tokens": options.tokens},
-                        verification={"enabled": False},
-                    )
+                    made = observed.cut(out, method=method, keep=keep, refit=refit)
                     numbers = measured(out, dense, said, evaluation, options.measured)
                     results.append(Result(method, refit, keep, *numbers, made.seconds, made.plan.bytes_output))
                     print(table(results[-1:]).splitlines()[-1], flush=True)

@@ -34,15 +34,14 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parents[i] / "support") for i in (1, 2)]
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "training")]
 
-from compress_quality import perplexities
+from compress_quality import Observed, perplexities
 from domains import DOMAINS, FOREIGN, parted, texts
 from measure import Row, report
 from small_moe import DEMO, TOKENS, small_moe
 from smollm2 import cache_folder
-from training_curves import write_domains
+from training_curves import cosine, run_recipe, write_domains
 
 import upcycle
-from upcycle.calibration.compressing.observe_file import observe
 
 CALIBRATED = 16_384
 LENGTH, BATCH = 256, 8
@@ -96,22 +95,10 @@ def seen_kinds(found: dict[str, float]) -> float:
 def recipe(start: Path, parent: Path, tokens: int, work: Path, data: dict[str, Any], rate: float) -> dict[str, Any]:
     """The training run."""
     steps = -(-tokens // (LENGTH * BATCH))
-    return {
-        "model": str(start),
-        "output": str(work),
-        "data": {**data, "validation": {"tokens": 4096}},  # what counts is measured behind the run
-        "length": LENGTH,
-        "global_batch": BATCH,
-        "micro_batch": BATCH,
-        "stages": {
-            "steps": steps,
-            "learning_rate": rate,
-            "schedule": {"kind": "cosine", "warmup": max(1, steps // 20), "floor": 0.1},
-            "distillation": {**DISTILLATION, "parent": str(parent)},
-        },
-        "saving": {"every": steps, "keep": 1},
-        "log": {"validation": steps},
-    }
+    stage = cosine(steps, rate, 20, distillation={**DISTILLATION, "parent": str(parent)})
+    # What counts is measured behind the run.
+    often = {"validated": steps, "saved": steps, "export": True}
+    return run_recipe(start, data, stage, (LENGTH, BATCH), **often, output=str(work))
 
 
 def table(parent: dict[str, float], results: Sequence[Result]) -> str:
@@ -174,7 +161,6 @@ def main() -> int:
     trained_dense = cache_folder() / f"small-dense-{options.train_tokens}" / "model"
     if trained_dense.exists() and WIDE in options.widths and not options.rivals:
         ways.append(Way("demo model, trained as the MoE was", WIDE, None))
-    calibration, _ = texts()
     _, evaluation = texts((*DOMAINS, FOREIGN))
     whole = perplexities(parent, evaluation)
     print("the MoE:", ", ".join(f"{kind} {value:.2f}" for kind, value in whole.items()), flush=True)
@@ -182,25 +168,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         data = write_domains(work / "text", {domain: parted(domain) for domain in DOMAINS})
-        seen, text = work / "seen.safetensors", [str(path) for path in calibration]
-        observe(str(parent), seen, ",".join(text), CALIBRATED)
+        observed = Observed.now(parent, work, CALIBRATED)
         for way in ways:
             start, run = work / "start", work / "run"
             if way.gather is None:
                 start = DEMO if way.name == "demo model" else trained_dense
             else:
-                upcycle.convert(
-                    str(parent),
-                    start,
-                    overwrite=True,
-                    method="to_dense",
-                    width=way.width,
-                    parameters={"gather": way.gather},
-                    refit=way.refit,
-                    observations=str(seen),
-                    calibration={"text": text, "tokens": CALIBRATED},
-                    verification={"enabled": False},
-                )
+                told = {"method": "to_dense", "width": way.width, "parameters": {"gather": way.gather}}
+                observed.cut(start, **told, refit=way.refit)
             before = perplexities(start, evaluation)
             tried = []
             for rate in options.rates:

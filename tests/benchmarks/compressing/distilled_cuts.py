@@ -21,13 +21,12 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parents[i] / "support") for i in (1, 2)]
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "training")]
 
-from compress_quality import measured, perplexities, written
+from compress_quality import Observed, measured, perplexities, written
 from domains import DOMAINS, FOREIGN, parted, texts
 from small_moe import BATCH, LENGTH, TOKENS, small_moe
-from training_curves import write_domains
+from training_curves import cosine, run_recipe, write_domains
 
 import upcycle
-from upcycle.calibration.compressing.observe_file import observe
 
 CALIBRATED = 16_384
 RUNS: tuple[tuple[str, str, list[str] | None, float], ...] = (  # method, refit, what trains, rate
@@ -43,23 +42,10 @@ def recipe(
 ) -> dict[str, Any]:
     """The distillation."""
     steps = -(-tokens // (LENGTH * BATCH))
-    stage: dict[str, Any] = {
-        "steps": steps,
-        "learning_rate": rate,
-        "schedule": {"kind": "cosine", "warmup": max(1, steps // 20), "floor": 0.1},
-        "distillation": {"logits": 1.0, "next_token": 0.0, "parent": str(uncut)},
-    }
-    return {
-        "model": str(cut),
-        "output": str(run),
-        "data": {**data, "validation": {"tokens": 4096}},
-        "length": LENGTH,
-        "global_batch": BATCH,
-        "micro_batch": BATCH,
-        "stages": {**stage, **({"train": train} if train else {})},
-        "saving": {"every": steps, "keep": 1},
-        "log": {"validation": steps},
-    }
+    learned = {"logits": 1.0, "next_token": 0.0, "parent": str(uncut)}
+    stage = cosine(steps, rate, 20, distillation=learned, **({"train": train} if train else {}))
+    often = {"validated": steps, "saved": steps, "export": True}
+    return run_recipe(cut, data, stage, (LENGTH, BATCH), **often, output=str(run))
 
 
 def main() -> int:
@@ -71,29 +57,18 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     model = small_moe(options.train_tokens)
-    calibration, evaluation = texts()[0], texts((*DOMAINS, FOREIGN))[1]
+    evaluation = texts((*DOMAINS, FOREIGN))[1]
     uncut, said = perplexities(model, evaluation), written(model, evaluation)[0]
     lines = [
         "| cut | refit | what trains | rate | perplexity, calibrated kinds | news | same next token |",
         "|---|---|---|---:|---:|---:|---:|",
     ]
     with tempfile.TemporaryDirectory() as folder:
-        work, text = Path(folder), [str(path) for path in calibration]
+        work = Path(folder)
         data = write_domains(work / "text", {domain: parted(domain) for domain in DOMAINS})
-        seen, out, run = work / "seen.safetensors", work / "out", work / "run"
-        observe(str(model), seen, ",".join(text), CALIBRATED)
+        out, run, observed = work / "out", work / "run", Observed.now(model, work, CALIBRATED)
         for method, refit, train, rate in RUNS:
-            upcycle.convert(
-                str(model),
-                out,
-                overwrite=True,
-                method=method,
-                keep=options.keep,
-                refit=refit,
-                observations=str(seen),
-                calibration={"text": text, "tokens": CALIBRATED},
-                verification={"enabled": False},
-            )
+            observed.cut(out, method=method, keep=options.keep, refit=refit)
             before = measured(out, uncut, said, evaluation)
             upcycle.train(recipe(out, model, run, options.tokens, data, train, rate), lambda _: None)
             after = measured(run / "model", uncut, said, evaluation)

@@ -18,13 +18,9 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parents[i] / "support") for i in (1, 2)]
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from compress_quality import measured, perplexities, written
+from compress_quality import Observed, measured, perplexities, written
 from domains import DOMAINS, FOREIGN, texts
 from small_moe import TOKENS, small_moe
-
-import upcycle
-import upcycle.models
-from upcycle.calibration.compressing.observe_file import observe
 
 CALIBRATED = 16_384
 PROTECT, LAYERS = 0.02, 4
@@ -46,32 +42,20 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     model = small_moe(options.train_tokens)
-    calibration, evaluation = texts()[0], texts((*DOMAINS, FOREIGN))[1]
+    evaluation = texts((*DOMAINS, FOREIGN))[1]
     uncut, said = perplexities(model, evaluation), written(model, evaluation)[0]
     lines = [
         "| experts run | rule | perplexity, calibrated kinds | news | same continuation | same next token |",
         "|---|---|---:|---:|---:|---:|",
     ]
     with tempfile.TemporaryDirectory() as folder:
-        seen, out, text = Path(folder) / "seen.safetensors", Path(folder) / "out", [str(path) for path in calibration]
-        observe(str(model), seen, ",".join(text), CALIBRATED)
+        out, observed = Path(folder) / "out", Observed.now(model, Path(folder), CALIBRATED)
         for keep in options.keep:
             for name, (method, parameters) in WAYS.items():
                 if "layers" in parameters and keep <= 1 - LAYERS / 6 * 3 / 4:
                     continue  # the other layers keep all, and the first expert always runs
-                upcycle.convert(
-                    str(model),
-                    out,
-                    overwrite=True,
-                    method=method,
-                    keep=keep,
-                    parameters=parameters,
-                    target="upcycle_moe" if method == "skip" else "auto",
-                    refit="none",
-                    observations=str(seen),
-                    calibration={"text": text, "tokens": CALIBRATED},
-                    verification={"enabled": False},
-                )
+                target = "upcycle_moe" if method == "skip" else "auto"
+                observed.cut(out, method=method, keep=keep, parameters=parameters, target=target, refit="none")
                 seen_kinds, news, same, following = measured(out, uncut, said, evaluation)
                 lines.append(
                     f"| {keep:.0%} | {name} | {math.exp(seen_kinds):.3f}x | {math.exp(news):.3f}x | {same:.1%} | {following:.1%} |"

@@ -23,7 +23,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 from domains import DOMAINS, FOREIGN, parted, texts
 from smollm2 import cache_folder
-from training_curves import write_domains
+from training_curves import cosine, run_recipe, write_domains
 from transformers import AutoModelForCausalLM
 
 import upcycle
@@ -38,22 +38,10 @@ LOSSES = {"switch_balance": {"coefficient": 0.01}, "router_z": {"coefficient": 0
 def recipe(start: Path, tokens: int, work: Path, losses: dict[str, Any]) -> dict[str, Any]:
     """The training run."""
     steps = -(-tokens // (LENGTH * BATCH))
-    return {
-        "model": str(start),
-        "output": str(work / "run"),
-        "data": write_domains(work / "text", {domain: parted(domain) for domain in DOMAINS}),
-        "length": LENGTH,
-        "global_batch": BATCH,
-        "micro_batch": BATCH,
-        "stages": {
-            "steps": steps,
-            "learning_rate": 2e-3,
-            "schedule": {"kind": "cosine", "warmup": max(1, steps // 20), "floor": 0.1},
-            "losses": losses,
-        },
-        "saving": {"every": 50, "keep": 1},
-        "log": {"validation": max(1, steps // 5)},
-    }
+    data = write_domains(work / "text", {domain: parted(domain) for domain in DOMAINS})
+    stage, often = cosine(steps, 2e-3, 20, losses=losses), max(1, steps // 5)
+    where = {"output": str(work / "run")}
+    return run_recipe(start, data, stage, (LENGTH, BATCH), validated=often, saved=50, export=True, **where)
 
 
 def small_moe(tokens: int = TOKENS) -> Path:

@@ -26,7 +26,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 from domains import DOMAINS, FOREIGN, parted, texts
 from smollm2 import cache_folder, dense_folder
-from training_curves import write_domains
+from training_curves import cosine, run_recipe, write_domains
 
 import upcycle
 
@@ -41,22 +41,10 @@ def adapter(domain: str, tokens: int, work: Path) -> Path:
     done, run = work / domain, work / f"{domain}-run"
     if not done.exists():
         steps = -(-tokens // (LENGTH * BATCH))
-        recipe = {
-            "model": str(dense_folder()),
-            "output": str(run),
-            "data": {**write_domains(work / "text", {domain: parted(domain)}), "validation": {"tokens": 2048}},
-            "length": LENGTH,
-            "global_batch": BATCH,
-            "micro_batch": BATCH,
-            "adapter": {"rank": 16, "alpha": 32, "targets": ["ffn"]},
-            "stages": {
-                "steps": steps,
-                "learning_rate": 5e-4,
-                "schedule": {"kind": "cosine", "warmup": 4, "floor": 0.1},
-            },
-            "saving": {"every": steps, "keep": 1},
-            "log": {"validation": steps},
-        }
+        data = write_domains(work / "text", {domain: parted(domain)})
+        more = {"adapter": {"rank": 16, "alpha": 32, "targets": ["ffn"]}, "output": str(run)}
+        stage, often = cosine(steps, 5e-4), {"validated": steps, "saved": steps, "export": True}
+        recipe = run_recipe(dense_folder(), data, stage, (LENGTH, BATCH), **often, **more)
         upcycle.train(recipe, print)
         (run / "adapter").rename(done)
         shutil.rmtree(run)

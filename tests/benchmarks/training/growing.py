@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 from domains import parted
-from training_curves import Curve, plot, trained, write_domains, write_page
+from training_curves import Curve, cosine, plot, run_recipe, trained, write_domains, write_page
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import upcycle
@@ -66,22 +66,8 @@ def recipe(
     arm: str, rate: float, seed: int, steps: int, points: int, start: str, data: Mapping[str, Any]
 ) -> dict[str, Any]:
     """A run, the same for all but for where it starts, its learning rate and the losses of routers."""
-    return {
-        "model": start,
-        "data": {**data, "validation": {"tokens": 4096}},
-        "length": LENGTH,
-        "global_batch": BATCH,
-        "micro_batch": BATCH,
-        "seed": seed,
-        "stages": {
-            "steps": steps,
-            "learning_rate": rate,
-            "schedule": {"kind": "cosine", "warmup": max(1, steps // 10), "floor": 0.1},
-            "losses": {} if arm == "dense" else LOSSES,
-        },
-        "saving": {"every": 25, "keep": 1, "export": False},
-        "log": {"validation": max(1, steps // points)},
-    }
+    stage = cosine(steps, rate, losses={} if arm == "dense" else LOSSES)
+    return run_recipe(start, data, stage, (LENGTH, BATCH), validated=max(1, steps // points), saved=25, seed=seed)
 
 
 def table(chosen: Mapping[str, float], curves: Mapping[str, Sequence[Curve]]) -> str:

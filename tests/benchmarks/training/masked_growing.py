@@ -20,7 +20,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[i] / "support") for i in (1
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from domains import parted
-from training_curves import trained, write_domains, write_page
+from training_curves import cosine, run_recipe, trained, write_domains, write_page
 
 import upcycle
 
@@ -51,21 +51,8 @@ def parameters_of(growth: Mapping[str, int]) -> dict[str, int]:
 
 def recipe(start: str, steps: int, masked: int | None, data: Mapping[str, Any]) -> dict[str, Any]:
     """A run, the same for all but for where it starts and over how many steps its masks rise."""
-    return {
-        "model": start,
-        "data": {**data, "validation": {"tokens": 4096}},
-        "length": LENGTH,
-        "global_batch": BATCH,
-        "micro_batch": BATCH,
-        "stages": {
-            "steps": steps,
-            "learning_rate": RATE,
-            "schedule": {"kind": "cosine", "warmup": max(1, steps // 10), "floor": 0.1},
-            **({"masks": {"steps": masked}} if masked else {}),
-        },
-        "saving": {"every": 25, "keep": 1, "export": False},
-        "log": {"validation": steps // 2},
-    }
+    stage = cosine(steps, RATE, **({"masks": {"steps": masked}} if masked else {}))
+    return run_recipe(start, data, stage, (LENGTH, BATCH), validated=steps // 2, saved=25)
 
 
 def main() -> int:

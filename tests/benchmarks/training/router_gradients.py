@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch
 from domains import parted
 from growing import BATCH, KINDS, LENGTH
-from training_curves import Curve, trained, write_domains, write_page
+from training_curves import Curve, cosine, run_recipe, trained, write_domains, write_page
 
 import upcycle
 from upcycle.models.load import load_model
@@ -41,23 +41,8 @@ TIMED = 6  # steps, of which the first two do not count
 
 def recipe(control: Mapping[str, Any], start: Path, seed: int, steps: int, rate: float, data: Any) -> dict[str, Any]:
     """A run, the same for both but for the control of its routers."""
-    return {
-        "model": str(start),
-        "data": {**data, "validation": {"tokens": 4096}},
-        "length": LENGTH,
-        "global_batch": BATCH,
-        "micro_batch": BATCH,
-        "seed": seed,
-        "stages": {
-            "steps": steps,
-            "learning_rate": rate,
-            "schedule": {"kind": "cosine", "warmup": max(1, steps // 10), "floor": 0.1},
-            "losses": LOSSES,
-            **({"control": dict(control)} if control else {}),
-        },
-        "saving": {"every": 1000, "keep": 1, "export": False},
-        "log": {"validation": max(1, steps // 8)},
-    }
+    stage = cosine(steps, rate, losses=LOSSES, **({"control": dict(control)} if control else {}))
+    return run_recipe(start, data, stage, (LENGTH, BATCH), validated=max(1, steps // 8), seed=seed)
 
 
 def seconds(control: Mapping[str, Any], start: Path) -> float:

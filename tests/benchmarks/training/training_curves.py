@@ -78,6 +78,49 @@ def write_domains(folder: Path, texts: Mapping[str, Sequence[Sequence[str]]]) ->
     return {"domains": domains, "cache": str(folder / "tokens")}
 
 
+def run_recipe(
+    model: str | Path,
+    data: Mapping[str, Any],
+    stage: Mapping[str, Any],
+    shape: tuple[int, int],
+    *,
+    validated: int,
+    saved: int = 1000,
+    export: bool = False,
+    **more: Any,
+) -> dict[str, Any]:
+    """A training run of one stage.
+
+    Args:
+        model: where it starts.
+        data: what :func:`write_domains` returned.
+        stage: see :func:`cosine`.
+        shape: tokens in a row, and rows in a step.
+        validated: every how many steps.
+        saved: likewise.
+        export: whether the trained model is written, too.
+        more: other keys.
+    """
+    length, batch = shape
+    return {
+        "model": str(model),
+        "data": {**data, "validation": {"tokens": 4096}},
+        "length": length,
+        "global_batch": batch,
+        "micro_batch": batch,
+        "stages": dict(stage),
+        "saving": {"every": saved, "keep": 1, "export": export},
+        "log": {"validation": validated},
+        **more,
+    }
+
+
+def cosine(steps: int, rate: float, warmup: int = 10, **more: Any) -> dict[str, Any]:
+    """A stage whose learning rate rises for one part in ``warmup`` of its steps, and falls to a tenth."""
+    schedule = {"kind": "cosine", "warmup": max(1, steps // warmup), "floor": 0.1}
+    return {"steps": steps, "learning_rate": rate, "schedule": schedule, **more}
+
+
 def trained(recipes: Mapping[str, Mapping[str, Any]], work: Path, jobs: int) -> dict[str, Curve]:
     """Run every recipe to its end, ``jobs`` at a time, in ``work/NAME``, and read its curve.
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
 from domains import parted
 from growing import BATCH, KINDS, LENGTH
-from training_curves import trained, write_domains, write_page
+from training_curves import cosine, run_recipe, trained, write_domains, write_page
 
 import upcycle
 from upcycle.files.records import read_record
@@ -61,27 +61,13 @@ def recipe(name: str, model: str, steps: int, rate: float, data: dict[str, Any])
     """A run, the same for all but for what trains."""
     rank = RANK * (EXPERTS + 1)
     of_lora = {"adapter": {"rank": rank, "alpha": 2 * rank, "targets": ["ffn"]}}
-    stage: dict[str, Any] = {
-        "steps": steps,
-        "learning_rate": rate,
-        "weight_decay": 0.0,
-        "schedule": {"kind": "cosine", "warmup": max(1, steps // 10), "floor": 0.1},
-    }
+    stage = cosine(steps, rate, weight_decay=0.0)
     if name != "lora":
         stage["train"] = ["router", "experts"]
     if name == "pesc":
         stage["losses"] = {"switch_balance": {"coefficient": 0.01}}
-    return {
-        "model": model,
-        "data": {**data, "validation": {"tokens": 4096}},
-        "length": LENGTH,
-        "global_batch": BATCH,
-        "micro_batch": BATCH,
-        "stages": stage,
-        "saving": {"every": 1000, "keep": 1, "export": False},
-        "log": {"validation": max(1, steps // 4)},
-        **(of_lora if name == "lora" else {}),
-    }
+    more = of_lora if name == "lora" else {}
+    return run_recipe(model, data, stage, (LENGTH, BATCH), validated=max(1, steps // 4), **more)
 
 
 def sizes(name: str, work: Path) -> tuple[int, int]:
