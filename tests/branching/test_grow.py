@@ -141,6 +141,38 @@ def test_the_seeds_losses_are_those_of_this_seed_on_these_texts(pico: Pico, tmp_
     assert look(content).seed is None  # measured on other texts
 
 
+def test_a_domain_whose_text_changed_is_noticed(pico: Pico, tmp_path: Path, monkeypatch: Any) -> None:
+    measured: list[Path] = []
+
+    def measure(_: Any, folder: Path, __: Any) -> dict[str, float]:
+        measured.append(folder)
+        return {"law": 1.0}
+
+    def trained(_: Any, step: Any, *__: Any) -> bool:
+        if step.domains == ("code",):
+            raise Killed
+        shutil.copytree(pico("llama"), step.model)
+        return True
+
+    monkeypatch.setattr(growing._Rounds, "_measured", measure)
+    monkeypatch.setattr(growing._Rounds, "_train", trained)
+    content = recipe(pico("llama"), tmp_path)
+    with pytest.raises(Killed):
+        grow(content)
+    assert [each.state for each in look(content).steps] == ["done", "next", "waiting"]
+    assert len(measured) == 2
+    # The branch of code is not done: its text may still change, and the seed is measured on it anew.
+    write_text(tmp_path / "code.jsonl", 50, 9)
+    assert look(content).seed is None
+    with pytest.raises(Killed):
+        grow(content)
+    assert measured[2:] == [pico("llama")]
+    write_text(tmp_path / "law.jsonl", 50, 0)
+    for call in (look, grow):
+        with pytest.raises(UsageError, match=r"the text of domain 'law' \(.*law\.jsonl\) differs"):
+            call(content)
+
+
 @pytest.mark.long
 def test_a_kill_at_any_point_changes_nothing(pico: Pico, tmp_path: Path, monkeypatch: Any) -> None:
     mixed = {"method": "branch_train_mix", "verification": {"enabled": False}}

@@ -148,8 +148,23 @@ def test_options_are_laid_over_the_file(tmp_path: Path) -> None:
     assert (found.domains[1].text, found.rounds) == (["y.txt"], [["law", "code"]] * 2)
     assert found.training == {"stages": [{"steps": 1}, {"steps": 7}], "seed": 3}
     assert (found.tuning, found.merge) == ({"stages": [{"steps": 9}]}, {"dtype": "float32"})
-    for wrong in ("training.stages.steps", "source.x", "training.stages.5.steps"):
-        with pytest.raises(UsageError, match=r"--set .*has no key"):
+    for wrong, said in (
+        ("training.stages.steps", r"^training\.stages\.steps: there is no 'steps'"),
+        ("training.stages.5.steps", r"^training\.stages\.5\.steps: there is no '5'"),
+        ("source.x", "key 'source'"),
+    ):
+        with pytest.raises(UsageError, match=said):
             read_rounds_recipe(path, {wrong: 1})
     with pytest.raises(UsageError, match="no such recipe"):
         read_rounds_recipe(tmp_path / "none.yaml")
+
+
+def test_keys_of_parts_are_set_as_in_recipes_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "rounds.yaml"
+    path.write_text(
+        "source: a\noutput: b\ndomains: {law: x.txt}\nrounds: 1\ntraining: {stages: {steps: 1, learning_rate: 1.0}}\n"
+        "last: {method: branch_train_mix, router: random}\n"
+    )
+    found = read_rounds_recipe(path, {"training.stages.train.steps": 5, "last.router.parameters.std": 0.1})
+    assert found.training["stages"] == [{"steps": 5, "learning_rate": 1.0}]
+    assert found.last == {"method": "branch_train_mix", "router": {"name": "random", "parameters": {"std": 0.1}}}

@@ -184,9 +184,14 @@ def test_experts_and_routers_train_while_the_dense_model_stays(name: str, pico: 
         ({"method": "pesc", "shared": 1}, UsageError, "puts experts beside FFNs, and does not read the key 'shared'"),
         ({"method": "mocle"}, UsageError, "the clustering of instructions looks at text and needs some"),
         (
-            {"method": "mocle", "calibration": {"text": "prose", "tokens": 64}},
+            {"method": "mocle", "calibration": {"text": "prose", "tokens": 65536}, "parameters": {"instruction": 4096}},
             UsageError,
-            "there are 2 instructions in the calibration text, and 16 clusters",
+            r"there are \d instructions in the calibration text, and 16 clusters",
+        ),
+        (
+            {"method": "mocle", "calibration": {"text": "prose"}, "parameters": {"instruction": 10**8}},
+            UsageError,
+            "16 clusters need as many instructions of 100,000,000 tokens, and calibration.tokens is 65,536",
         ),
     ],
 )

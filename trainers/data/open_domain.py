@@ -30,6 +30,20 @@ def open_domain(data: DataRecipe, domain: DomainRecipe, pictures: Pictures | Non
     return _opened(data, domain, domain.text, domain.revision, pictures)
 
 
+def read_texts(data: DataRecipe) -> dict[str, dict[str, str]]:
+    """Name -> fingerprint of every file or dataset that a domain reads, its validation files too, by domain.
+
+    Raises:
+        UpcycleError: as :func:`open_domain`.
+    """
+    found = {}
+    for domain in data.domains:
+        corpus = open_domain(data, domain)
+        files = open_domain_validation(data, domain, corpus)
+        found[domain.name] = {**corpus.contents(), **(files.contents() if files else {})}
+    return found
+
+
 def data_have_images(data: DataRecipe, pictures: Pictures | None) -> bool:
     """Whether a domain has images, and the model reads them.
 

@@ -18,6 +18,7 @@ from typing import Protocol
 
 from upcycle.hardware.child_processes import run_module, safe_environment
 from upcycle.trainers.distributed.signals import INTERRUPTED, LAUNCHER, TOGETHER, give_back, take
+from upcycle.trainers.distributed.told_once import telling_once
 
 COMMAND = "UPCYCLE_COMMAND"  # in a rank's environment: the command that started all of them
 _MODULE = "upcycle.cli.main"
@@ -71,7 +72,8 @@ class Local:
 def launch_ranks(arguments: Sequence[str], nproc: int) -> int:
     """Run ``upcycle ARGUMENTS`` as ``nproc`` ranks on this machine; returns the exit code that :func:`wait` gives."""
     place = {"WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    return wait(start_ranks(arguments, range(nproc), {**os.environ, **place}))
+    with telling_once() as shared:
+        return wait(start_ranks(arguments, range(nproc), {**os.environ, **place, **shared}))
 
 
 def start_ranks(arguments: Sequence[str], ranks: range, environment: Mapping[str, str]) -> list[Started]:

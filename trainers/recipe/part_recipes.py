@@ -124,8 +124,9 @@ class ControlParameters(PluginParameters):
 
     @model_validator(mode="after")
     def _one_choice(self) -> ControlParameters:
-        if self.soft_first and self.choice != "sample":
-            raise ValueError("soft_first is of choice: sample")
+        of_sample = ("temperature_rate", "least_temperature", "soft_first")
+        if self.choice != "sample" and (odd := [name for name in of_sample if self._changed(name)]):
+            raise ValueError(f"{odd[0]} is of choice: sample, and choice is {self.choice}; leave it out")
         if self.choice != "top_k":
             others = {
                 "noise": self.noise != "none",
@@ -138,6 +139,9 @@ class ControlParameters(PluginParameters):
                     f"{given[0]} changes a choice of top-k, and choice is {self.choice}; leave one of them out"
                 )
         return self
+
+    def _changed(self, name: str) -> bool:
+        return bool(getattr(self, name) != type(self).model_fields[name].default)
 
     def check_taught(self, losses: Collection[str], stage: str) -> None:
         """Refuse expert choice without the loss that teaches routers to predict it, and the loss without expert choice.

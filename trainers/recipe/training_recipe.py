@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import dump_yaml
 from upcycle.plugins import StrictSettings
-from upcycle.recipe.conversion_recipe import read_recipe, recipe_error
-from upcycle.recipe.shipped_recipes import needed_recipe_file
+from upcycle.recipe.shipped_recipes import read_laid_over
+from upcycle.recipe.validated import validated
 from upcycle.registry import LOSSES, suggestion
 from upcycle.trainers.recipe.adapter_recipe import AdapterRecipe, check_alone
 from upcycle.trainers.recipe.data_recipe import DataRecipe
@@ -310,15 +311,10 @@ def parse_train_recipe(content: Any, where: str) -> TrainRecipe:
     Raises:
         UsageError: a key or value is wrong; names the key's path, the value and ``where``.
     """
-    if not isinstance(content, dict):
-        raise UsageError(f"{where}: a recipe is a mapping of keys, got {type(content).__name__}")
-    try:
-        return TrainRecipe.model_validate(content)
-    except ValidationError as error:
-        raise recipe_error(error, where, TrainRecipe) from None
+    return validated(TrainRecipe, content, where)
 
 
-def read_train_recipe(path: Path, overlaid: dict[str, Any] | None = None) -> TrainRecipe:
+def read_train_recipe(path: Path, overlaid: Mapping[str, Any] | None = None) -> TrainRecipe:
     """Read a YAML recipe.
 
     Args:
@@ -328,11 +324,12 @@ def read_train_recipe(path: Path, overlaid: dict[str, Any] | None = None) -> Tra
     Raises:
         UsageError: the file is missing, not YAML, or not a training recipe.
     """
-    path = needed_recipe_file(str(path), "train")
-    content = read_recipe(path)
-    for key, value in (overlaid or {}).items():
-        lay(content, key, value, StageRecipe.model_fields)
-    return parse_train_recipe(content, str(path))
+    return read_laid_over(TrainRecipe, path, "train", overlaid, lay_training)
+
+
+def lay_training(content: dict[str, Any], path: str, value: Any) -> None:
+    """Set one key of a training recipe, as :func:`~upcycle.trainers.recipe.laid_keys.lay` says."""
+    lay(content, path, value, StageRecipe.model_fields)
 
 
 def accumulation(recipe: TrainRecipe, world_size: int) -> int:

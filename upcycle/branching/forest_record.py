@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from upcycle.branching.plan_rounds import SEED_STEP, RoundStep
 from upcycle.errors import UpcycleError, UsageError
@@ -18,6 +18,7 @@ from upcycle.recipe.conversion_recipe import Recipe, parse_recipe
 from upcycle.trainers.recipe.training_recipe import TrainRecipe, parse_train_recipe
 
 FOREST = "forest.json"
+Texts: TypeAlias = dict[str, dict[str, str]]
 # The keys of a training recipe that decide what its model is; all others say where and how fast.
 _TRAINED_BY = ("data", "stages", "length", "global_batch", "seed", "dtype", "clip", "optimizer", "adapter")
 
@@ -28,14 +29,15 @@ class ForestRecord:
     Args:
         folder: the output.
         seed: the folder of the seed.
+        texts: gives name -> fingerprint of every file that a domain reads, by domain; called only to compare or record them.
 
     Raises:
         UsageError: the folder holds something that is no forest of upcycle.
         CheckpointError: ``forest.json`` cannot be read.
     """
 
-    def __init__(self, folder: Path, seed: Path) -> None:
-        self.folder, self.seed = folder, seed
+    def __init__(self, folder: Path, seed: Path, texts: Callable[[], Texts]) -> None:
+        self.folder, self.seed, self._texts = folder, seed, texts
         path = folder / FOREST
         if folder.is_dir() and contents(folder) and not path.is_file():
             raise UsageError(
@@ -64,9 +66,10 @@ class ForestRecord:
         return None if found is None else found["losses"]
 
     def seed_losses(self, by: Mapping[str, Any]) -> dict[str, float] | None:
-        """The seed's losses; ``None``: it was not measured, or another model was, or ``by`` other data."""
+        """The seed's losses; ``None``: it was not measured, or another model was, or ``by`` other data, or on other text."""
         found = self._content["steps"].get(SEED_STEP, {})
         same = found.get("by") == by and found.get("read") == _samples([self.seed])
+        same = same and found.get("texts") == self._texts()
         return found["losses"] if same else None
 
     def done(self, step: RoundStep) -> bool:
@@ -75,7 +78,7 @@ class ForestRecord:
         What was deleted is made again, step by step; whatever was made of it stays as long as the same comes out.
 
         Raises:
-            UsageError: it was done by another recipe, or from another model.
+            UsageError: it was done by another recipe, or from another model, or its domains had other text.
         """
         found = self._content["steps"].get(step.name)
         read = self._read_by(step)
@@ -84,9 +87,11 @@ class ForestRecord:
         changed = first_difference(_decisive(_reread(found["recipe"], step)), _decisive(step.recipe))
         if changed is None and found["read"] != _samples(read):
             changed = "the weights that it reads"
+        if changed is None:
+            changed = self._changed_text(found.get("texts", {}))
         if changed is not None:
             raise UsageError(
-                f"{step.folder} is done, but by another recipe, or from another model, than '{step.name}' has now: {changed} differs",
+                f"{step.folder} is done, but by another recipe, model or text than '{step.name}' has now: {changed} differs",
                 hint="undo the change, choose another output, or begin all rounds again with --restart",
             )
         return True
@@ -99,18 +104,35 @@ class ForestRecord:
             "seconds": round(seconds, 3),
             "recipe": step.recipe.model_dump(mode="json"),
             "read": _samples(self._read_by(step)),
+            "texts": {domain: self._texts()[domain] for domain in step.domains},
         }
         self.write()
 
     def keep_seed(self, losses: dict[str, float], seconds: float, by: Mapping[str, Any]) -> None:
         """Record that the seed was measured, ``by`` which data."""
-        found = {"losses": losses, "seconds": round(seconds, 3), "by": dict(by), "read": _samples([self.seed])}
-        self._content["steps"][SEED_STEP] = found
+        self._content["steps"][SEED_STEP] = {
+            "losses": losses,
+            "seconds": round(seconds, 3),
+            "by": dict(by),
+            "read": _samples([self.seed]),
+            "texts": self._texts(),
+        }
         self.write()
 
     def write(self) -> None:
         """Write the file as a whole."""
         write_text_whole(self.folder / FOREST, json.dumps(self._content, indent=2) + "\n")
+
+    def _changed_text(self, recorded: Texts) -> str | None:
+        """What differs in the domains' files since they were ``recorded``; records of older versions have none."""
+        if not recorded:
+            return None
+        now = {name: files for name, files in self._texts().items() if name in recorded}
+        domain = next((name for name, files in recorded.items() if now.get(name) != files), None)
+        if domain is None:
+            return None
+        file = next((file for file, was in recorded[domain].items() if now.get(domain, {}).get(file) != was), None)
+        return f"the text of domain '{domain}'" + (f" ({file})" if file else "")
 
     def _read_by(self, step: RoundStep) -> list[Path]:
         """The folders of the models that a step reads."""

@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ from upcycle.progress import SILENT, Progress
 from upcycle.trainers.checkpoints.prepare_model import tokenizer_of
 from upcycle.trainers.data.batches import open_validation
 from upcycle.trainers.data.data_check import check_data
+from upcycle.trainers.data.open_domain import read_texts
 from upcycle.trainers.data.packed_attention import check_fits
 from upcycle.trainers.distributed.launcher import launch_ranks
 from upcycle.trainers.distributed.ranks import process_group
@@ -128,7 +130,8 @@ class _Rounds:
         refuse_masked(self.seed, recipe.source)
         self.folder = real_path(recipe.output)
         check_apart(self.folder, self.seed, "the seed", inside=True)
-        self.record = ForestRecord(self.folder, self.seed)
+        self.texts = cache(lambda: read_texts(held_out_data(recipe)))
+        self.record = ForestRecord(self.folder, self.seed, self.texts)
 
     def run(self, nproc: int | None, restart: bool) -> RoundsResult:
         started = time.monotonic()
@@ -139,7 +142,9 @@ class _Rounds:
         except OSError as fault:
             raise cannot_write(self.folder, fault) from None
         try:
-            self.record = ForestRecord(self.folder, self.seed)  # another call may have gone on since it was read
+            self.record = ForestRecord(
+                self.folder, self.seed, self.texts
+            )  # another call may have gone on since it was read
             if restart:
                 self.record.begin_again(self.steps)
             self.check_conversions()

@@ -7,15 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import dump_yaml
 from upcycle.plugins import StrictSettings
-from upcycle.recipe.conversion_recipe import read_recipe, recipe_error
-from upcycle.recipe.shipped_recipes import needed_recipe_file
+from upcycle.recipe.conversion_recipe import set_key
+from upcycle.recipe.shipped_recipes import read_laid_over
+from upcycle.recipe.validated import validated
 from upcycle.registry import suggestion
-from upcycle.trainers.recipe.data_recipe import DomainRecipe
+from upcycle.trainers.recipe.data_recipe import DomainRecipe, written_out
+from upcycle.trainers.recipe.laid_keys import lay
+from upcycle.trainers.recipe.training_recipe import lay_training
 
 MERGING = "branch_train_merge"
 _FOLDER = re.compile(r"[\w-]+")
@@ -154,11 +157,7 @@ def read_rounds_recipe(path: Path, overlaid: Mapping[str, Any] | None = None) ->
     Raises:
         UsageError: the file is missing, not YAML, or no recipe of rounds.
     """
-    path = needed_recipe_file(str(path), "grow")
-    content = read_recipe(path)
-    for key, value in (overlaid or {}).items():
-        _lay(content, key.split("."), value)
-    return parse_rounds_recipe(content, str(path))
+    return read_laid_over(RoundsRecipe, path, "grow", overlaid, _lay)
 
 
 def parse_rounds_recipe(content: Any, where: str) -> RoundsRecipe:
@@ -167,42 +166,27 @@ def parse_rounds_recipe(content: Any, where: str) -> RoundsRecipe:
     Raises:
         UsageError: a key or value is wrong; names the key's path, the value and ``where``.
     """
-    if not isinstance(content, dict):
-        raise UsageError(f"{where}: a recipe is a mapping of keys, got {type(content).__name__}")
-    try:
-        return RoundsRecipe.model_validate(content)
-    except ValidationError as error:
-        raise recipe_error(error, where, RoundsRecipe) from None
+    return validated(RoundsRecipe, content, where)
 
 
-def _lay(content: dict[str, Any], path: list[str], value: Any) -> None:
-    """Set the key at a path of a recipe.
-
-    ``domains.law: FILE`` is written out on the way to a key of the domain, and a list is entered by a number, or by nothing where it
-    has one entry: ``training.stages.steps``.
+def _lay(content: dict[str, Any], path: str, value: Any) -> None:
+    """Set the key at a dotted path: below a part that is a recipe of its own, as that kind of recipe has its keys set.
 
     Raises:
-        UsageError: something on the way is neither a mapping nor such a list.
+        UsageError: something on the way is not there.
     """
-    holder: Any = content
-    for place, key in enumerate(path):
-        last = place + 1 == len(path)
-        if isinstance(holder, list):
-            if key.isdigit() and int(key) < len(holder):
-                if last:
-                    holder[int(key)] = value
-                holder = holder[int(key)]
-                continue
-            holder = holder[0] if len(holder) == 1 else holder
-        if not isinstance(holder, dict):
-            raise UsageError(
-                f"--set {'.'.join(path)}: {'.'.join(path[:place])} is {holder!r}, which has no key '{key}'",
-                hint="a list is entered by a number, from 0",
-            )
-        if last:
-            holder[key] = value
-        elif holder.get(key) is None:
-            holder[key] = {}
-        elif path[0] == "domains" and place == 1 and not isinstance(holder[key], dict):
-            holder[key] = {"text": holder[key]}
-        holder = holder[key]
+    part, _, below = path.partition(".")
+    if not below or part not in _LAID:
+        content.update(written_out(content))  # domains, so that keys of theirs can be set
+        lay(content, path, value, ())
+        return
+    inner = content.get(part)
+    content[part] = inner = inner if isinstance(inner, dict) else {}
+    try:
+        _LAID[part](inner, below, value)
+    except UsageError as error:
+        raise UsageError(f"{part}.{error.message}", hint=error.hint) from None
+
+
+# Of each part that is a recipe of its own: how its keys are set.
+_LAID = {"training": lay_training, "tuning": lay_training, "merge": set_key, "last": set_key}

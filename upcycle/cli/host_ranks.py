@@ -15,6 +15,7 @@ from upcycle.files.formats.parsing import parse_json
 from upcycle.trainers.distributed import launcher
 from upcycle.trainers.distributed.hosts import KILL
 from upcycle.trainers.distributed.launcher import Started, start_ranks, wait
+from upcycle.trainers.distributed.told_once import telling_once
 
 
 def main() -> int:
@@ -39,9 +40,11 @@ def main() -> int:
         fault = EnvironmentFault(f"{platform.node()} has no folder {request['folder']}: {error.strerror}")
         print_error(fault)
         return fault.exit_code
-    ranks = start_ranks(request["arguments"], range(*request["ranks"]), {**os.environ, **request["environment"]})
-    threading.Thread(target=_obey, args=(sys.stdin, ranks), daemon=True).start()
-    return wait(ranks)
+    with telling_once() as shared:
+        environment = {**os.environ, **request["environment"], **shared}
+        ranks = start_ranks(request["arguments"], range(*request["ranks"]), environment)
+        threading.Thread(target=_obey, args=(sys.stdin, ranks), daemon=True).start()
+        return wait(ranks)
 
 
 def _obey(lines: TextIO, ranks: Sequence[Started]) -> None:

@@ -23,6 +23,7 @@ from upcycle.cli.shared.usage_errors import usage_error
 from upcycle.errors import UpcycleError, UsageError
 from upcycle.hardware.child_processes import SAFE_PATH_VARIABLE
 from upcycle.trainers.distributed.signals import INTERRUPTED, interrupting
+from upcycle.trainers.distributed.told_once import first_to_tell
 from upcycle.version import __version__
 
 # What a verb is for -> the verb -> its module. Help shows the groups in this order.
@@ -192,7 +193,9 @@ def _run(arguments: list[str], debug: bool) -> int:
 
 
 def _failed(error: UpcycleError, arguments: list[str]) -> int:
-    """Print what went wrong, also as JSON if that was asked for, and return the exit code."""
+    """Print what went wrong, also as JSON if that was asked for, unless another rank has; and return the exit code."""
+    if not first_to_tell(str(error)):
+        return error.exit_code
     if "--json" in arguments:
         print_json_error(error)
     print_error(error)

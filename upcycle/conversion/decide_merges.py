@@ -17,7 +17,8 @@ from upcycle.methods.base import AnyMethod
 from upcycle.methods.mixing.base import mixing
 from upcycle.planning.open_sources import mix_sources
 from upcycle.progress import Progress
-from upcycle.recipe.conversion_recipe import Recipe, parse_parameters
+from upcycle.recipe.conversion_recipe import Recipe
+from upcycle.recipe.validated import validated
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +53,6 @@ def decide_merges(
     assert decided is not None, "only methods that say so are asked"
     coefficients, report = decided
     recipe = recipe.model_copy(update={"parameters": {**recipe.parameters, "coefficients": coefficients}})
-    method = type(mixes)(parse_parameters(type(mixes).Parameters, recipe.parameters, "parameters"))
+    method = type(mixes)(validated(type(mixes).Parameters, recipe.parameters, "parameters"))
     checkpoint = mix_sources(recipe, method, checkpoint.members[-1], checkpoint.sources)
     return job_for(recipe, method, checkpoint), checkpoint, {**report, "coefficients": coefficients}

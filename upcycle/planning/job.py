@@ -10,7 +10,8 @@ from upcycle.checkpoints.output_layout import Shard, Unit
 from upcycle.errors import RefusalError, UsageError
 from upcycle.methods.base import AnyMethod
 from upcycle.planning.cost import Plan
-from upcycle.recipe.conversion_recipe import Recipe, parse_parameters
+from upcycle.recipe.conversion_recipe import Recipe
+from upcycle.recipe.validated import validated
 from upcycle.registry import load
 
 CALIBRATION_HINT = "--calibration demo, a text file, a hub dataset, or self"
@@ -89,7 +90,7 @@ def method_of(recipe: Recipe) -> AnyMethod:
         UsageError: there is no such method, or a parameter is wrong.
     """
     cls = load("method", recipe.method)
-    method: AnyMethod = cls(parse_parameters(cls.Parameters, recipe.parameters, "parameters"))
+    method: AnyMethod = cls(validated(cls.Parameters, recipe.parameters, "parameters"))
     return method
 
 

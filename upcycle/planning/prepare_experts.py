@@ -35,7 +35,8 @@ from upcycle.planning.routing_rule import (
     with_all_experts,
 )
 from upcycle.planning.split_sizes import with_sizes
-from upcycle.recipe.conversion_recipe import Recipe, RefitKind, layer_selection, parse_parameters, parse_size
+from upcycle.recipe.conversion_recipe import Recipe, RefitKind, layer_selection, parse_size
+from upcycle.recipe.validated import validated
 from upcycle.registry import OWN_TARGETS, TARGETS, load, suggestion
 from upcycle.routers.base import Router
 
@@ -188,9 +189,7 @@ def _router(recipe: Recipe, method: Method, target: Target, shape: MoeShape, spa
         elif sparse:
             name = "ridge" if texts else "cool"
     router_class = load("router", name)
-    router: Router = router_class(
-        parse_parameters(router_class.Parameters, recipe.router.parameters, "router.parameters")
-    )
+    router: Router = router_class(validated(router_class.Parameters, recipe.router.parameters, "router.parameters"))
     return router
 
 

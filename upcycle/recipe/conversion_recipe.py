@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import dump_yaml, read_yaml
@@ -24,7 +24,7 @@ from upcycle.recipe.recipe_parts import (
     SourceRecipe,
     VerificationRecipe,
 )
-from upcycle.registry import suggestion
+from upcycle.recipe.validated import validated
 
 RefitKind = Literal["down", "blocks", "scale", "none"]
 _SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -279,12 +279,7 @@ def parse_recipe(content: Any, where: str) -> Recipe:
     Raises:
         UsageError: a key or value is wrong; the message names both.
     """
-    if not isinstance(content, dict):
-        raise UsageError(f"{where}: a recipe is a mapping of keys, got {type(content).__name__}")
-    try:
-        return Recipe.model_validate(content)
-    except ValidationError as error:
-        raise recipe_error(error, where) from None
+    return validated(Recipe, content, where)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -340,52 +335,3 @@ def _source_entry(content: dict[str, Any], number: str) -> dict[str, Any]:
         )
     found: dict[str, Any] = content["sources"][int(number)]
     return found
-
-
-def parse_parameters(model: type[BaseModel], values: dict[str, Any], where: str) -> Any:
-    """Validate a plug-in's parameters, and return them as ``model``.
-
-    Raises:
-        UsageError: a parameter is unknown, or its value is wrong.
-    """
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        raise recipe_error(error, where, model) from None
-
-
-def recipe_error(error: ValidationError, where: str, model: type[BaseModel] = Recipe) -> UsageError:
-    """Return the error for a mapping that is not a valid ``model``; the message names the key, and ``where`` it is."""
-    found = error.errors(include_url=False)
-    # A misspelt key is reported as unknown and the right one as missing; the former says more.
-    first = next((fault for fault in found if fault["type"] == "extra_forbidden"), found[0])
-    path = [str(part) for part in first["loc"]]
-    key, known = ".".join(path), _keys_at(model, path[:-1])
-    if first["type"] == "extra_forbidden":
-        hint = suggestion(path[-1], known) if known else f"{model.__name__} takes no parameters"
-        return UsageError(f"{where}: unknown key '{key}'", hint=hint)
-    if first["type"] == "missing":
-        return UsageError(f"{where}: key '{key}' is missing", hint=f"add '{key}:' to the recipe")
-    message = first["msg"].removeprefix("Value error, ")
-    if not path:
-        return UsageError(f"{where}: {message}")
-    # A union reports the branch that it tried as part of the path, which is not a key.
-    key = ".".join(part for i, part in enumerate(path) if part in _keys_at(model, path[:i]))
-    field = model.model_fields.get(path[0])
-    described = f"{path[0]}: {field.description}" if field and field.description else None
-    # A mapping is not repeated: the message names its key.
-    got = "" if isinstance(first["input"], dict) else f", got {first['input']!r}"
-    return UsageError(f"{where}: key '{key}': {message}{got}", hint=described)
-
-
-def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
-    for part in path:
-        if part.isdigit():  # the index of a list's element, whose kind is known already
-            continue
-        inner = model.model_fields[part].annotation if part in model.model_fields else None
-        while get_args(inner) and get_origin(inner) is not dict:  # a list of models, or an optional one
-            inner = get_args(inner)[0]
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            return []
-        model = inner
-    return list(model.model_fields)

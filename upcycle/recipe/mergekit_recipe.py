@@ -10,7 +10,7 @@ from pydantic import Field
 from upcycle.errors import UsageError
 from upcycle.files.user_paths import user_path
 from upcycle.plugins import StrictSettings
-from upcycle.recipe.conversion_recipe import parse_parameters
+from upcycle.recipe.validated import validated
 
 _ROUTERS: dict[str, dict[str, Any]] = {
     "hidden": {"name": "hidden", "parameters": {"tokens": "last"}},
@@ -77,7 +77,7 @@ def translate(content: Mapping[str, Any], where: str) -> tuple[dict[str, Any], l
     Raises:
         UsageError: a key is unknown or has no counterpart; the message names it.
     """
-    recipe: MergekitRecipe = parse_parameters(MergekitRecipe, dict(content), f"{where} (mergekit-moe)")
+    recipe: MergekitRecipe = validated(MergekitRecipe, dict(content), f"{where} (mergekit-moe)")
     mode, shared = recipe.gate_mode, recipe.shared_experts or []
     architecture = (recipe.architecture or "").lower()
     if architecture and architecture not in _TARGETS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from upcycle.files.user_paths import user_path
 from upcycle.recipe.configs_folder import configs_folder
 from upcycle.recipe.conversion_recipe import read_recipe
 from upcycle.recipe.model_recipes import model_recipes
+from upcycle.recipe.validated import Model, validated
 
 Verb = Literal["convert", "train", "grow"]
 RECIPE_VERBS: tuple[Verb, ...] = ("convert", "train", "grow")
@@ -86,6 +88,32 @@ def needed_recipe_file(argument: str, verb: Verb) -> Path:
     if user_path(argument).is_file():
         return user_path(argument)
     raise UsageError(f"no such recipe: {argument}", hint=recipe_hint(argument, verb))
+
+
+def read_laid_over(
+    model: type[Model],
+    path: Path,
+    verb: Verb,
+    overlaid: Mapping[str, Any] | None,
+    lay: Callable[[dict[str, Any], str, Any], None],
+) -> Model:
+    """Read a recipe, and lay single keys over it before it is validated.
+
+    Args:
+        model: the kind of recipe.
+        path: its file, or the name of a recipe that comes with upcycle.
+        verb: the command that it is for.
+        overlaid: values by dotted path.
+        lay: sets the key at a dotted path of a recipe of this kind.
+
+    Raises:
+        UsageError: the file is missing, not YAML, or no recipe of this kind.
+    """
+    found = needed_recipe_file(str(path), verb)
+    content = read_recipe(found)
+    for key, value in (overlaid or {}).items():
+        lay(content, key, value)
+    return validated(model, content, str(found))
 
 
 def recipe_hint(argument: str, verb: Verb) -> str:

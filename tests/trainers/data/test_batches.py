@@ -16,7 +16,7 @@ import torch
 
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.errors import UsageError
-from upcycle.recipe.conversion_recipe import parse_parameters
+from upcycle.recipe.validated import validated
 from upcycle.trainers.data.batches import TokenStream, open_stream, open_validation
 from upcycle.trainers.data.packing import PackedBatch
 from upcycle.trainers.recipe.data_recipe import DataRecipe
@@ -46,7 +46,7 @@ def recipe(tmp_path: Path) -> Callable[..., DataRecipe]:
     def make(**changes: Any) -> DataRecipe:
         domains = {"a": {"text": files["a"], "weight": 0.75}, "b": {"text": files["b"], "weight": 0.25}}
         content = {"domains": domains, "shuffle": "8KB", "cache": str(tmp_path / "cache"), **changes}
-        return parse_parameters(DataRecipe, {"validation": {"fraction": 0.1}, **content}, "data")
+        return validated(DataRecipe, {"validation": {"fraction": 0.1}, **content}, "data")
 
     return make
 
@@ -294,7 +294,7 @@ def test_a_stream_with_other_domains_cannot_be_restored(
 
 
 def test_the_embedded_texts_make_batches(tokenizer: Any, tmp_path: Path) -> None:
-    data = parse_parameters(DataRecipe, {"domains": {"p": "prose", "c": "code"}, "cache": str(tmp_path)}, "data")
+    data = validated(DataRecipe, {"domains": {"p": "prose", "c": "code"}, "cache": str(tmp_path)}, "data")
     batch = opened(data, tokenizer, length=128).next_batch()
     assert batch.ids.shape == batch.mask.shape == batch.positions.shape == (4, 128)
     assert set(open_validation(data, tokenizer, length=128)) == {"p", "c"}

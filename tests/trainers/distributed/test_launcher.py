@@ -69,6 +69,27 @@ def test_every_rank_gets_its_place_and_the_arguments(script: Path, tmp_path: Pat
         assert (tmp_path / str(rank)).read_text() == f"{rank} {rank} 3 {tmp_path} a b"
 
 
+TELLS = (
+    "import os\n"
+    "from upcycle.cli.main import _failed\n"
+    "from upcycle.errors import UsageError\n"
+    "own = 'disk of rank ' + os.environ['RANK'] if 'own' in os.sys.argv else 'wrong key'\n"
+    "raise SystemExit(_failed(UsageError(own, hint='mend it'), ['--json']))\n"
+)
+
+
+def test_an_error_that_all_ranks_have_is_printed_once(script: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    script.write_text(TELLS)
+    assert launcher.launch_ranks([], 2) == 2
+    out, err = capfd.readouterr()
+    assert (err.count("error: wrong key"), err.count("hint: mend it"), out.count('"error"')) == (1, 1, 1)
+    assert launcher.launch_ranks(["own"], 2) == 2
+    err = capfd.readouterr().err
+    assert all(f"error: disk of rank {rank}" in err for rank in (0, 1))
+    assert launcher.launch_ranks([], 2) == 2  # of another launch
+    assert capfd.readouterr().err.count("error: wrong key") == 1
+
+
 def test_hosts_get_their_ranks_the_folder_and_the_environment(
     script: Path, ssh: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

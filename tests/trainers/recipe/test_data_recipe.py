@@ -9,12 +9,12 @@ import pytest
 import yaml
 
 from upcycle.errors import UsageError
-from upcycle.recipe.conversion_recipe import parse_parameters
+from upcycle.recipe.validated import validated
 from upcycle.trainers.recipe.data_recipe import DataRecipe
 
 
 def parse(content: Any) -> DataRecipe:
-    return parse_parameters(DataRecipe, content, "train.yaml, data")
+    return validated(DataRecipe, content, "train.yaml, data")
 
 
 def test_short_forms() -> None:

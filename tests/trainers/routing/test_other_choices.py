@@ -121,8 +121,10 @@ def test_what_could_not_be_exported_is_refused(
 def test_one_choice_at_a_time(other: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match="leave one of them out"):
         ControlParameters(choice="sample", **other)
-    with pytest.raises(ValidationError, match="of choice: sample"):
-        ControlParameters(soft_first=True)
+    for odd in ({"soft_first": True}, {"temperature_rate": 0.01}, {"least_temperature": 0.1, "choice": "soft"}):
+        with pytest.raises(ValidationError, match=f"{next(iter(odd))} is of choice: sample"):
+            ControlParameters(**odd)
+    assert ControlParameters(**ControlParameters().model_dump()).choice == "top_k"  # with every key written out
 
 
 @pytest.mark.long

@@ -102,6 +102,13 @@ class BesideMethod(Growth):
                 f"{self.name} gives a text the experts of its instruction, and a '{family.name}' model is an encoder",
                 hint="--param router=tokens",
             )
+        if self.clusters * self.instruction > recipe.calibration.tokens:
+            most = max(1, recipe.calibration.tokens // self.clusters)
+            raise UsageError(
+                f"{self.clusters} clusters need as many instructions of {self.instruction:,} tokens, and calibration.tokens is "
+                f"{recipe.calibration.tokens:,}",
+                hint=f"--param instruction={most} or less, fewer clusters, or a larger calibration.tokens",
+            )
         told = recipe.model_fields_set
         experts, top_k = (
             getattr(recipe, key) if key in told else usual
