@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _FORMAT = "2"  # part of every key of tokenised examples with images
 _ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # of EXIF: stored lying
 _SHOWN = 3  # images that are named in an error
+_SIZES = 256  # of images, whose ids are remembered: a large image has thousands
 _PILLOW = "pip install pillow"  # a hint
 # What a processor makes of texts, which rows have already.
 _OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
@@ -68,7 +69,7 @@ class Pictures:
         self.typed: str | None = wrapper.typed if wrapper else None
         text = text_config(config)
         self.whole_rows = self.typed is not None or "mrope" in str(getattr(text, "rope_parameters", None))
-        self._ids: dict[tuple[int, int], list[int]] = {}
+        self._ids = lru_cache(_SIZES)(self._ids_of_size)
         self.bad: list[str] = []
         self.most_bad = 0
         self._told = 0
@@ -159,10 +160,10 @@ class Pictures:
 
     def ids(self, picture: Picture) -> list[int]:
         """Return the ids that the processor puts in the place of an image's token."""
-        size = (picture.width, picture.height)
-        if size not in self._ids:
-            self._ids[size] = self._processed(self.token, [self._blank(picture)])["input_ids"][0].tolist()
-        return self._ids[size]
+        return self._ids(picture.width, picture.height)
+
+    def _ids_of_size(self, width: int, height: int) -> list[int]:
+        return self.ids_of(self.token, [Picture("", width, height)])
 
     def ids_of(self, text: str, pictures: Sequence[Picture]) -> list[int]:
         """Return the processor's own ids of a text with images of these sizes, to compare with."""
