@@ -137,9 +137,9 @@ class Pictures:
         return Picture(str(path), height, width) if turned else Picture(str(path), width, height)
 
     def as_they_were(self, pictures: Iterable[Picture], lost: Iterable[str], since: int) -> bool:
-        """Return whether images have the sizes by which rows were tokenised, and those that could not be read still cannot be.
+        """Return whether images are there with the sizes by which rows were tokenised, and those that could not be read still cannot.
 
-        Images that are gone, or no images any more, are not looked for here: they have the same tokens.
+        Files that are no images any more have the same tokens, and count as they were.
 
         Args:
             pictures: that were read.
@@ -147,9 +147,9 @@ class Pictures:
             since: when that was, in nanoseconds; only files that changed later are opened.
         """
         return not any(self._looked(Path(path)) for path in lost) and all(
-            self._looked(Path(picture.path)) in (None, picture)
+            (changed := _changed(Path(picture.path))) is not None
+            and (changed <= since or self._looked(Path(picture.path)) in (None, picture))
             for picture in pictures
-            if _changed(Path(picture.path)) > since
         )
 
     def _looked(self, path: Path) -> Picture | None:
@@ -259,12 +259,15 @@ def pictures_of(folder: Path) -> Pictures | None:
     return Pictures(folder, config) if wrapper is not None and wrapper.kind == "image" else None
 
 
-def _changed(path: Path) -> int:
-    """Return when a file was put there or changed, in nanoseconds: copying may keep the time of its content, but not this one."""
+def _changed(path: Path) -> int | None:
+    """Return when a file was put there or changed, in nanoseconds, or None where it is gone.
+
+    Copying may keep the time of its content, but not this one.
+    """
     try:
         return path.stat().st_ctime_ns
     except OSError:
-        return 0
+        return None
 
 
 def _first_line(error: Exception, path: Path | None = None) -> str:
