@@ -40,6 +40,7 @@ def check_data(
     turn: int = 0,
     masks: bool = False,
     pictures: Pictures | None = None,
+    key: str = "data",
 ) -> list[str]:
     """Read every row of every file before training begins, and report what is read and what is left out.
 
@@ -54,6 +55,7 @@ def check_data(
         turn: this rank's number: ranks begin with different parts, and share the work.
         masks: whether the model is a masked language model.
         pictures: what it reads of images; ``None``: it reads none.
+        key: where ``data`` stands in the recipe, for messages.
 
     Returns:
         The domains of preferences.
@@ -83,7 +85,7 @@ def check_data(
             _say_left_out(domain.name, found, _LACKING[corpus.kind], say)
             rule = too_long_rule(domain, corpus)
             if corpus.shards is not None and (corpus.kind != "text" or rule != "split"):
-                cache = token_cache(data, domain, corpus, tokenizer, frame, pictures)
+                cache = token_cache(data, domain, corpus, tokenizer, frame, pictures, key)
                 _check_examples(domain, corpus, cache, rule, length, say, turn, pictures)
     seconds = time.perf_counter() - started
     if read:
