@@ -73,7 +73,7 @@ def test_the_loss_is_that_of_the_answers_alone(pico_moe: Model, tmp_path: Path) 
 def test_a_template_that_a_stages_own_data_lack_is_named_by_their_key(pico_moe: Model, tmp_path: Path) -> None:
     own: dict[str, Any] = {"domains": {"sums": write_chats(tmp_path / "sums.jsonl", sums())}}
     stage = {"name": "align", "data": own}
-    with pytest.raises(UsageError, match="stages.align.data: there are conversations") as refused:
+    with pytest.raises(UsageError, match=r"stages.align.data: there are conversations") as refused:
         run(chat_recipe(pico_moe("mixtral"), tmp_path, stage=stage))
     assert "--set stages.align.data.chat_template=turns" in str(refused.value.hint)
     stage["data"] = own | {"chat_template": "away.jinja"}
