@@ -89,6 +89,7 @@ def test_many_options_are_printed_in_groups_each_once(verb: str) -> None:
         (("convert",), "missing argument 'SOURCE'", "upcycle convert --help"),
         (("plan", "demo", "--experts", "many"), "'many' is not a valid integer", "upcycle plan --help"),
         (("recipe", "splt_50"), "no such recipe: splt_50", "did you mean 'split_50'?"),
+        (("recipe", "nothing-alike"), "no such recipe: nothing-alike", "upcycle list recipes names them all\n"),
         (("recipe", "cumo"), "there are 2 recipes 'cumo', for convert and train", "upcycle recipe cumo --for train"),
         (
             ("convert", "demo", "out", "--method", "randomsplit"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -117,3 +119,24 @@ def test_arguments_that_make_no_sense(pico: Pico) -> None:
         upcycle.evaluate(pico("llama"), text="prose", tokens=1)
     with pytest.raises(UsageError, match="no such text file"):
         upcycle.evaluate(pico("llama"), text="poetry")
+
+
+def test_what_cannot_be_measured_is_said_before_a_model_is_read(
+    pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unwanted(*_: object) -> None:
+        raise AssertionError("dear work")
+
+    monkeypatch.setattr("upcycle.evaluation.window_losses.load_model", unwanted)
+    (tmp_path / "short.txt").write_text("a")
+    with pytest.raises(UsageError, match=r"short.txt: fewer than two tokens"):
+        upcycle.evaluate("demo", text=str(tmp_path / "short.txt"))
+    with pytest.raises(UsageError, match=r"the stride \(600\) must be at least 1 and below the window \(512\)"):
+        upcycle.evaluate("demo", text="prose", stride=600)
+    other = tmp_path / "other"
+    shutil.copytree(pico("llama"), other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 4096, "content": "<|other|>"})
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UsageError, match="different vocabularies"):
+        upcycle.evaluate(pico("llama"), text="prose", reference=other)

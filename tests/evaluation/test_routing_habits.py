@@ -151,6 +151,9 @@ def test_what_is_missing_is_noticed_before_a_model_is_read(monkeypatch: pytest.M
         upcycle.evaluate("demo", routing=True, earlier=[tmp_path / "away"])
     with pytest.raises(UpcycleError, match="away"):
         upcycle.evaluate("demo", routing=True, text=str(tmp_path / "away.txt"))
+    (tmp_path / "short.txt").write_text("a few words")
+    with pytest.raises(UsageError, match="two windows of 32 are needed"):
+        upcycle.evaluate("demo", routing=True, text=str(tmp_path / "short.txt"), window=32)
     with pytest.raises(UsageError, match="--earlier compares"):
         upcycle.evaluate("demo", tasks="arc_easy", earlier=["run"])
 

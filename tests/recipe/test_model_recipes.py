@@ -66,6 +66,7 @@ def test_a_recipe_is_that_which_it_is_taken_from_with_what_the_table_changes() -
         assert content == {**general, **entry.get("keys", {}), "source": recipe.source}
         parse_recipe(content, recipe.name)
         assert max(map(len, recipe.text.splitlines())) <= 135
+        assert "not predicted" not in recipe.text  # which says nothing of the model
 
 
 def test_commands_take_it_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -92,3 +93,22 @@ def test_commands_take_it_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert wanted in " ".join(capsys.readouterr().err.split())
     (tmp_path / "qwen3-0.6b-split50").mkdir()  # a folder of that name goes before
     assert conversion_recipe("qwen3-0.6b-split50") is None
+
+
+def test_without_network_a_model_that_is_not_here_is_said_at_once_with_what_to_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from huggingface_hub import constants
+
+    import upcycle.evaluation.forecast.forecast as slow
+
+    def unwanted(*_: object) -> None:
+        raise AssertionError("dear work")
+
+    monkeypatch.setattr(slow, "timed_job", unwanted)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "qwen3-0.6b-split50"])
+    assert ended.value.code == 4
+    assert "--source FOLDER" in capsys.readouterr().err

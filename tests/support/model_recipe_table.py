@@ -84,6 +84,8 @@ def _short(parameters: int) -> str:
 
 def _entry(what: str, taken_from: str, keys: dict[str, Any], plan: Plan) -> dict[str, Any]:
     facts = dict(plan_facts(plan))
+    if plan.time and "unknown" in plan.time:
+        del facts["time"]
     told = {name: facts[name] for name in PLANNED if name in facts}
     return {"what": what, "from": taken_from, **({"keys": keys} if keys else {}), "plan": told}
 

@@ -148,7 +148,8 @@ class TokenStream:
             elif not same:
                 raise UsageError(
                     f"domain '{name}': its documents have changed since the checkpoint was saved",
-                    hint="check its column, separator and validation, and whether something wrote to its files",
+                    hint="check its column, separator and validation, whether something wrote to its files, and whether its images "
+                    "are all there",
                 )
             self._cursors[name] = cursor if same else domain.skip(Cursor(cursor.epoch, cursor.block), cursor.row)
         self._row = int(state["rows"])

@@ -52,13 +52,14 @@ class ChatTemplate:
     own: bool
 
 
-def find_template(tokenizer: Any, named: str | None, processor: Any = None) -> ChatTemplate:
+def find_template(tokenizer: Any, named: str | None, processor: Any = None, key: str = "data") -> ChatTemplate:
     """The template that a recipe names, or else the tokenizer's own.
 
     Args:
         tokenizer: the model's.
         named: ``data.chat_template``.
         processor: the model's, whose template is taken where the tokenizer has none.
+        key: where the data stand in the recipe, for messages.
 
     Raises:
         UsageError: the tokenizer has none and the recipe names none, the file cannot be read, or the tokenizer lacks the tokens of
@@ -70,12 +71,12 @@ def find_template(tokenizer: Any, named: str | None, processor: Any = None) -> C
         )
         if isinstance(source, str):
             return ChatTemplate(source, "the processor's chat template", own=True)
-        return _own(tokenizer)
+        return _own(tokenizer, key)
     if named in BUILT_IN:
         unknown = next((mark for mark in _MARKS if named == "chatml" and len(_ids(tokenizer, mark)) != 1), None)
         if unknown:
             raise UsageError(
-                f"data.chat_template: chatml needs the token {unknown}, which the tokenizer does not have",
+                f"{key}.chat_template: chatml needs the token {unknown}, which the tokenizer does not have",
                 hint="use chat_template: turns, which needs no tokens of its own",
             )
         return ChatTemplate(BUILT_IN[named], named, own=False)
@@ -83,29 +84,33 @@ def find_template(tokenizer: Any, named: str | None, processor: Any = None) -> C
     try:
         content = path.read_bytes()[: _MOST_BYTES + 1]
         if len(content) > _MOST_BYTES:
-            raise UsageError(f"data.chat_template: {path} has more than {_MOST_BYTES} bytes, which no template has")
+            raise UsageError(f"{key}.chat_template: {path} has more than {_MOST_BYTES} bytes, which no template has")
         source = content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UsageError(
-            f"data.chat_template: {named} cannot be read: {reason}",
+            f"{key}.chat_template: {named} cannot be read: {reason}",
             hint=f"a file with a Jinja template, or one of {', '.join(BUILT_IN)}",
         ) from None
-    _check_syntax(source, f"data.chat_template: {path}")
+    _check_syntax(source, f"{key}.chat_template: {path}")
     return ChatTemplate(source, named, own=False)
 
 
-def kept_template(tokenizer: Any, named: Iterable[str | None]) -> str | None:
+def kept_template(tokenizer: Any, named: Iterable[tuple[str, str | None]]) -> str | None:
     """The source of the template that a trained model keeps: the last that its stages' data name; ``None``: its tokenizer's.
+
+    Args:
+        tokenizer: the model's.
+        named: of every stage, where its data stand in the recipe, and their ``chat_template``.
 
     Raises:
         UsageError: as :func:`find_template`.
     """
-    found = [name for name in named if name is not None]
-    return find_template(tokenizer, found[-1]).source if found else None
+    found = [(key, name) for key, name in named if name is not None]
+    return find_template(tokenizer, found[-1][1], key=found[-1][0]).source if found else None
 
 
-def _own(tokenizer: Any) -> ChatTemplate:
+def _own(tokenizer: Any, key: str) -> ChatTemplate:
     missing = None
     if getattr(tokenizer, "chat_template", None) is None:
         missing = "the tokenizer has no chat template"
@@ -116,8 +121,8 @@ def _own(tokenizer: Any) -> ChatTemplate:
             missing = "the tokenizer has several chat templates, and none is called default"
     if missing:
         raise UsageError(
-            f"data: there are conversations, and {missing}",
-            hint="name one in the data, or by --set data.chat_template=turns: turns, chatml, or a file, such as "
+            f"{key}: there are conversations, and {missing}",
+            hint=f"name one in the data, or by --set {key}.chat_template=turns: turns, chatml, or a file, such as "
             "chat_template.jinja of the model's chat version",
         )
     return ChatTemplate(source, "the tokenizer's chat template", own=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,6 +40,7 @@ def check_data(
     turn: int = 0,
     masks: bool = False,
     pictures: Pictures | None = None,
+    key: str = "data",
 ) -> list[str]:
     """Read every row of every file before training begins, and report what is read and what is left out.
 
@@ -55,6 +55,7 @@ def check_data(
         turn: this rank's number: ranks begin with different parts, and share the work.
         masks: whether the model is a masked language model.
         pictures: what it reads of images; ``None``: it reads none.
+        key: where ``data`` stands in the recipe, for messages.
 
     Returns:
         The domains of preferences.
@@ -84,7 +85,7 @@ def check_data(
             _say_left_out(domain.name, found, _LACKING[corpus.kind], say)
             rule = too_long_rule(domain, corpus)
             if corpus.shards is not None and (corpus.kind != "text" or rule != "split"):
-                cache = token_cache(data, domain, corpus, tokenizer, frame, pictures)
+                cache = token_cache(data, domain, corpus, tokenizer, frame, pictures, key)
                 _check_examples(domain, corpus, cache, rule, length, say, turn, pictures)
     seconds = time.perf_counter() - started
     if read:
@@ -142,7 +143,7 @@ def _check_examples(
     for number in order:
         shard = cache.shard(corpus, number, holds)
         found += shard.check
-        shown += _check_images(domain.name, shard)
+        shown += sum(map(len, shard.pictures))
         begin = np.cumsum(shard.lengths) - shard.lengths
         fit = fitted([shard], np.zeros(len(begin), np.int64), begin, shard.lengths, length, rule)
         kept += len(fit.kept)
@@ -174,15 +175,3 @@ def _check_examples(
             f"domain '{domain.name}': nothing is left to train on: {', '.join(reasons) or 'it has no example'}",
             hint="check its columns, roles and chat template (upcycle train RECIPE --show 3), or raise length",
         )
-
-
-def _check_images(domain: str, shard: TokenShard) -> int:
-    """Count a shard's images, and refuse one that has gone since the shard was made, when all headers were read."""
-    paths = [picture.path for row in shard.pictures for picture in row]
-    gone = next((path for path in paths if not Path(path).is_file()), None)
-    if gone is not None:
-        raise UsageError(
-            f"domain '{domain}': the image {gone} is gone since the data were checked",
-            hint="put it back, or remove its row from the data file",
-        )
-    return len(paths)

@@ -119,10 +119,12 @@ def token_cache(
     tokenizer: Any,
     frame: Frame | None = None,
     pictures: Pictures | None = None,
+    key: str = "data",
 ) -> TokenCache:
     """The cache of a domain's tokenised documents, with the encoder for what they are.
 
-    ``frame`` are the special tokens around every text, for a masked language model, which has seen them there.
+    ``frame`` are the special tokens around every text, for a masked language model, which has seen them there; ``key`` is
+    where ``data`` stands in the recipe, for messages.
 
     Raises:
         UsageError: a masked language model is to learn examples.
@@ -140,7 +142,7 @@ def token_cache(
     plain = domain.joined == "plain"
     shown = pictures if corpus.pictured else None
     other = shown.processor if shown else None  # its template, where the tokenizer has none
-    template = None if plain else find_template(tokenizer, data.chat_template, other)
+    template = None if plain else find_template(tokenizer, data.chat_template, other, key)
     encoder = ExampleEncoder(tokenizer, data.end_of_text, template, domain.loss_on or "answers", shown)
     return TokenCache(folder, encoder)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _FORMAT = "2"  # part of every key of tokenised examples with images
 _ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # of EXIF: stored lying
 _SHOWN = 3  # images that are named in an error
+_SIZES = 256  # of images, whose ids are remembered: a large image has thousands
 _PILLOW = "pip install pillow"  # a hint
 # What a processor makes of texts, which rows have already.
 _OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
@@ -68,7 +69,7 @@ class Pictures:
         self.typed: str | None = wrapper.typed if wrapper else None
         text = text_config(config)
         self.whole_rows = self.typed is not None or "mrope" in str(getattr(text, "rope_parameters", None))
-        self._ids: dict[tuple[int, int], list[int]] = {}
+        self._ids = lru_cache(_SIZES)(self._ids_of_size)
         self.bad: list[str] = []
         self.most_bad = 0
         self._told = 0
@@ -136,9 +137,9 @@ class Pictures:
         return Picture(str(path), height, width) if turned else Picture(str(path), width, height)
 
     def as_they_were(self, pictures: Iterable[Picture], lost: Iterable[str], since: int) -> bool:
-        """Return whether images have the sizes by which rows were tokenised, and those that could not be read still cannot be.
+        """Return whether images are there with the sizes by which rows were tokenised, and those that could not be read still cannot.
 
-        Images that are gone, or no images any more, are not looked for here: they have the same tokens.
+        Files that are no images any more have the same tokens, and count as they were.
 
         Args:
             pictures: that were read.
@@ -146,9 +147,9 @@ class Pictures:
             since: when that was, in nanoseconds; only files that changed later are opened.
         """
         return not any(self._looked(Path(path)) for path in lost) and all(
-            self._looked(Path(picture.path)) in (None, picture)
+            (changed := _changed(Path(picture.path))) is not None
+            and (changed <= since or self._looked(Path(picture.path)) in (None, picture))
             for picture in pictures
-            if _changed(Path(picture.path)) > since
         )
 
     def _looked(self, path: Path) -> Picture | None:
@@ -159,10 +160,10 @@ class Pictures:
 
     def ids(self, picture: Picture) -> list[int]:
         """Return the ids that the processor puts in the place of an image's token."""
-        size = (picture.width, picture.height)
-        if size not in self._ids:
-            self._ids[size] = self._processed(self.token, [self._blank(picture)])["input_ids"][0].tolist()
-        return self._ids[size]
+        return self._ids(picture.width, picture.height)
+
+    def _ids_of_size(self, width: int, height: int) -> list[int]:
+        return self.ids_of(self.token, [Picture("", width, height)])
 
     def ids_of(self, text: str, pictures: Sequence[Picture]) -> list[int]:
         """Return the processor's own ids of a text with images of these sizes, to compare with."""
@@ -258,12 +259,15 @@ def pictures_of(folder: Path) -> Pictures | None:
     return Pictures(folder, config) if wrapper is not None and wrapper.kind == "image" else None
 
 
-def _changed(path: Path) -> int:
-    """Return when a file was put there or changed, in nanoseconds: copying may keep the time of its content, but not this one."""
+def _changed(path: Path) -> int | None:
+    """Return when a file was put there or changed, in nanoseconds, or None where it is gone.
+
+    Copying may keep the time of its content, but not this one.
+    """
     try:
         return path.stat().st_ctime_ns
     except OSError:
-        return 0
+        return None
 
 
 def _first_line(error: Exception, path: Path | None = None) -> str:

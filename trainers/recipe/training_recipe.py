@@ -250,7 +250,7 @@ class TrainRecipe(StrictSettings):
         if twice:
             raise ValueError(f"stages: two are called '{twice[0]}'; give each its own name")
         for stage in self.stages:
-            if (stage.data or self.data).dynamic and not self.log.validation:
+            if self.data_of(stage).dynamic and not self.log.validation:
                 raise ValueError(
                     f"stage '{stage.name}': dynamic weights follow validations, and log.validation is 0, so they would never change"
                 )
@@ -273,6 +273,14 @@ class TrainRecipe(StrictSettings):
         if self.zero.stage != "auto":
             return self.zero.stage
         return 0 if world_size == 1 and self.dtype == "float32" and not self.zero.offload_optimizer else 1
+
+    def data_of(self, stage: StageRecipe) -> DataRecipe:
+        """What a stage trains on."""
+        return stage.data or self.data
+
+    def data_key(self, stage: StageRecipe) -> str:
+        """The key, as ``--set`` takes it, under which that stands."""
+        return f"stages.{stage.name}.data" if stage.data else "data"
 
     @property
     def tokens_per_step(self) -> int:

@@ -143,17 +143,26 @@ class _Run:
     def _check_inputs(self) -> None:
         """Read all data and find all parents, of later stages too, so that what is missing is refused before the first step."""
         checked: list[tuple[DataRecipe, list[str]]] = []
-        every = [stage.data or self.recipe.data for stage in self.recipe.stages]
         check_masks(self.recipe, self.origin)
-        self.template = kept_template(self.tokenizer, (data.chat_template for data in every))
+        self.template = kept_template(
+            self.tokenizer,
+            ((self.recipe.data_key(each), self.recipe.data_of(each).chat_template) for each in self.recipe.stages),
+        )
         masks = predicts_masked(self.origin)
         for stage in self.recipe.stages:
             check_objective(self.recipe, stage, masks)
-            data = stage.data or self.recipe.data
+            data = self.recipe.data_of(stage)
             preferences = next((found for before, found in checked if before == data), None)
             if preferences is None:
                 preferences = check_data(
-                    data, self.tokenizer, self.recipe.length, self.say, self.ranks.rank, masks, self.pictures
+                    data,
+                    self.tokenizer,
+                    self.recipe.length,
+                    self.say,
+                    self.ranks.rank,
+                    masks,
+                    self.pictures,
+                    self.recipe.data_key(stage),
                 )
                 checked.append((data, preferences))
             check_preferences(stage, preferences)
@@ -289,7 +298,7 @@ class _Run:
 
     def _first_validation(self, stage: Stage) -> None:
         """Measure the losses that a stage starts from, and those of the dense parent if dynamic weights need them."""
-        parent = reference_parent(stage.stage_recipe.data or self.recipe.data, self.origin)
+        parent = reference_parent(self.recipe.data_of(stage.stage_recipe), self.origin)
         if parent and stage.stream.lacks_reference:
             dtype = getattr(torch, self.recipe.dtype)
             losses = reference_losses(parent, stage.model, stage.held_out, dtype, self.ranks, stage.divides)

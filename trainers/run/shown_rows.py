@@ -59,9 +59,9 @@ def shown_rows(recipe: TrainRecipe, count: int, say: Callable[[str], None]) -> l
     origin = locate(recipe.model).path
     tokenizer, masks = tokenizer_of(origin), predicts_masked(origin)
     check_objective(recipe, recipe.stages[0], masks)
-    data = recipe.stages[0].data or recipe.data
+    data, key = recipe.data_of(recipe.stages[0]), recipe.data_key(recipe.stages[0])
     pictures = pictures_of(origin)
-    check_data(data, tokenizer, recipe.length, say, masks=masks, pictures=pictures)
+    check_data(data, tokenizer, recipe.length, say, masks=masks, pictures=pictures, key=key)
     stream = open_stream(
         data,
         tokenizer,

@@ -98,7 +98,7 @@ class Stage:
         )
         self.masks = predicts_masked(origin)
         check_fits(self.model.config, tokenizer, recipe.length)
-        data = stage_recipe.data or recipe.data
+        data = recipe.data_of(stage_recipe)
         self._show(data, pictures)
         # A row has one document for itself, unless it is a preference: two answers.
         apart = data.packing == "alone" and all(domain.chosen is None for domain in data.domains)
@@ -342,7 +342,7 @@ def check_objective(recipe: TrainRecipe, stage: StageRecipe, masks: bool) -> Non
     Raises:
         UsageError: names the key.
     """
-    data, distillation = stage.data or recipe.data, stage.distillation
+    data, distillation = recipe.data_of(stage), stage.distillation
     if data.masking and not masks:
         raise UsageError(
             f"stage '{stage.name}': data.masking is for masked language models, and {recipe.model} predicts the next token",

@@ -220,6 +220,11 @@ def _on_texts(
         contents = {name: unseen(name, _calibration(model)) for name in names}
         whole = {name: encode(tokenizer, content) for name, (content, _) in contents.items()}
         encoded = {name: ids[:tokens] for name, ids in whole.items()}
+        short = next((name for name, ids in encoded.items() if len(ids) < 2), None)
+        if short is not None:
+            raise UsageError(f"{short}: fewer than two tokens", hint="choose a longer --text")
+        if reference:
+            _same_vocabulary(tokenizer, load_tokenizer(locate(reference).path), model, reference)
         longer = [f"{name} has {len(ids):,}" for name, ids in whole.items() if len(ids) > len(encoded[name])]
         if longer and tokens == SAMPLE:
             progress.tell(f"reading the first {tokens:,} tokens of each text ({', '.join(longer)}); --full reads all")
@@ -233,7 +238,6 @@ def _on_texts(
     if reference:
         del runner.model
         other = WindowRunner(reference, runner.window, runner.stride)
-        _same_vocabulary(tokenizer, load_tokenizer(locate(reference).path), model, reference)
         compared = {name: other.loss(ids, progress, f"{name} (reference)")[0] for name, ids in encoded.items()}
     texts = [
         TextResult(

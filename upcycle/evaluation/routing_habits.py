@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from upcycle.architectures.module_paths import text_config
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.errors import UsageError
+from upcycle.evaluation.window_losses import context_of
 from upcycle.files.locate import locate
 from upcycle.files.output.ownership import CHECKPOINTS
 from upcycle.files.user_paths import user_path
@@ -119,8 +119,7 @@ def routing_habits(
     """
     contents = {name: read_text(name) for name in names}
     before = _earlier(earlier)
-    loaded = load_model(model)
-    window = min(window, text_config(loaded.config).max_position_embeddings)
+    window = min(window, context_of(model))
     tokenizer = load_tokenizer(locate(model).path)
     first, second = [], []
     for name, content in contents.items():
@@ -134,9 +133,7 @@ def routing_habits(
         first.append(rows[: len(rows) // 2])
         second.append(rows[len(rows) // 2 :])
     windows, halves = torch.cat([*first, *second]), sum(map(len, first))
-    chosen = _choices(loaded, windows, progress, "reading what routers choose")
-    del loaded
-    gc.collect()
+    chosen = _choices(model, windows, progress, "reading what routers choose")
     split = halves * window
     ids = windows.flatten()
     known = torch.isin(ids[split:], ids[:split])
@@ -145,7 +142,8 @@ def routing_habits(
     return RoutingHabits(len(ids), window, capacity_factor, int(known.sum()), layers, compared)
 
 
-def _choices(model: torch.nn.Module, windows: torch.Tensor, progress: Progress, title: str) -> dict[int, _Chosen]:
+def _choices(source: str | Path, windows: torch.Tensor, progress: Progress, title: str) -> dict[int, _Chosen]:
+    model = load_model(source)
     parts: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     counts: dict[int, int] = {}
     with progress.phase(title, len(windows)), torch.no_grad(), capture(model) as recorder:
@@ -155,6 +153,8 @@ def _choices(model: torch.nn.Module, windows: torch.Tensor, progress: Progress, 
                 parts.setdefault(record.layer, []).append((record.experts.cpu(), record.weights.float().cpu()))
                 counts[record.layer] = record.rule.experts
             progress.advance(len(batch))
+    del model, recorder
+    gc.collect()  # modules refer to each other, and an earlier model is loaded next
     return {
         layer: _Chosen(torch.cat([one for one, _ in found]), torch.cat([one for _, one in found]), counts[layer])
         for layer, found in sorted(parts.items())
@@ -244,10 +244,7 @@ def _earlier(names: Sequence[str]) -> list[tuple[Path, int | None]]:
 def _compared(
     folder: Path, step: int | None, windows: torch.Tensor, chosen: Mapping[int, _Chosen], progress: Progress
 ) -> EarlierChoices:
-    model = load_model(folder)
-    before = _choices(model, windows, progress, f"reading {folder.name}")
-    del model
-    gc.collect()
+    before = _choices(folder, windows, progress, f"reading {folder.name}")
     if {layer: found.count for layer, found in before.items()} != {
         layer: found.count for layer, found in chosen.items()
     }:

@@ -5,29 +5,43 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import cross_entropy
 
+from upcycle.architectures.clean_settings import CONFIG, clean_file
 from upcycle.architectures.module_paths import text_config
+from upcycle.architectures.stock import build_config
 from upcycle.errors import UsageError
+from upcycle.files.formats.gguf_file import GgufFile
+from upcycle.files.locate import locate
 from upcycle.models.load import load_model
 from upcycle.progress import Progress
 
 _BATCH_LOGIT_BYTES = 1 << 28  # of the fp32 logits of a batch, at most
 
 
+def context_of(name: str) -> int:
+    """Return how many tokens a model reads at most, by its configuration alone.
+
+    Raises:
+        UpcycleError: there is no such model, or it has no configuration of a stock class.
+    """
+    path = locate(name).path
+    raw = clean_file(path / CONFIG) if path.is_dir() else GgufFile(path).config
+    context: int = text_config(build_config(raw, name)).max_position_embeddings
+    return context
+
+
 class WindowRunner:
     """Runs a model in memory over the windows of a text."""
 
     def __init__(self, name: str, window: int, stride: int | None) -> None:
-        self.model = load_model(name)
-        self.config = text_config(self.model.config)
-        self.window = min(window, self.config.max_position_embeddings)
+        self.window = min(window, context_of(name))
         self.stride = stride or max(1, self.window // 2)
         if not 0 < self.stride < self.window:
             raise UsageError(f"the stride ({self.stride}) must be at least 1 and below the window ({self.window})")
+        self.model = load_model(name)
+        self.config = text_config(self.model.config)
 
     def loss(self, ids: torch.Tensor, progress: Progress, title: str) -> tuple[float, int]:
-        """Return the mean negative log likelihood in nats, and the number of predicted tokens."""
-        if len(ids) < 2:
-            raise UsageError(f"{title}: fewer than two tokens", hint="choose a longer --text")
+        """Return the mean negative log likelihood in nats of at least two tokens, and the number of those that are predicted."""
         starts = list(range(0, max(1, len(ids) - self.window + self.stride), self.stride))
         per_batch = max(1, _BATCH_LOGIT_BYTES // (4 * self.window * self.config.vocab_size))
         total, predicted = 0.0, 0

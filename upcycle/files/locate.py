@@ -103,6 +103,7 @@ def _from_hub(name: str, revision: str | None, wanted: tuple[str, ...]) -> Sourc
         why = "HF_HUB_OFFLINE is set, and it is not in the cache" if offline else "the hub cannot be reached"
         raise EnvironmentFault(
             f"cannot download {name}: {why}",
-            hint=f"download it on a machine with network access (hf download {name}), then name the folder",
+            hint=f"download it on a machine with network access (hf download {name}), then name the folder; "
+            "beside a recipe: --source FOLDER",
         ) from None
     return Source(name, folder, revision=folder.name)

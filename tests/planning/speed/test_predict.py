@@ -105,13 +105,18 @@ def test_measured_splits_are_predicted_as_they_were_measured() -> None:
 @pytest.mark.parametrize(
     ("dense", "shape", "target", "reason"),
     [
-        ({}, {}, "glm4_moe", "glm4_moe blocks were not timed"),
+        ({}, {}, "glm4_moe", "MoE layers of glm4_moe, the result's architecture, were not timed"),
         ({"hidden_size": 8192}, {}, "qwen2_moe", "a hidden size of 8,192 lies outside of what was timed, 192 to 4,096"),
         ({"intermediate_size": 28672}, {}, "qwen2_moe", "a FFN of 28,672 lies"),
         ({}, {"experts": 146, "top_k": 47}, "qwen2_moe", "a number of experts of 146 lies"),
         ({}, {"expert_size": 8}, "qwen2_moe", "a width of experts of 8 lies"),
         ({}, {"experts": 36, "top_k": 30}, "qwen2_moe", "a top-k of 30 lies"),
-        ({"special": frozenset({Feature.CONVOLUTIONS})}, {}, "qwen2_moe", "llama layers were not timed"),
+        (
+            {"special": frozenset({Feature.CONVOLUTIONS})},
+            {},
+            "qwen2_moe",
+            "layers of llama, the source's architecture, were not timed",
+        ),
         ({"mlp_gated": False}, {}, "qwen2_moe", "FFNs without a gate or with biases were not timed"),
     ],
 )

@@ -25,8 +25,8 @@ def test_a_tokenizers_own_a_file_or_one_of_two(tokenizer: Any, tmp_path: Path) -
     assert find_template(tokenizer, "turns").source == BUILT_IN["turns"]
     tokenizer.chat_template = CHATML
     assert find_template(tokenizer, None).source == CHATML
-    assert kept_template(tokenizer, [None, None]) is None
-    assert kept_template(tokenizer, [None, "turns", None]) == BUILT_IN["turns"]
+    assert kept_template(tokenizer, [("data", None)]) is None
+    assert kept_template(tokenizer, [("data", None), ("stages.a.data", "turns"), ("data", None)]) == BUILT_IN["turns"]
 
 
 def test_chatml_needs_its_tokens(tokenizer: Any) -> None:

@@ -16,6 +16,7 @@ from training_runs import losses, recipe_for, run, steps
 
 from upcycle.architectures.stock import load_stock_model, load_tokenizer
 from upcycle.cli.main import cli
+from upcycle.errors import UsageError
 from upcycle.models.experts import use_eager_experts
 from upcycle.trainers.data.batches import open_stream
 from upcycle.trainers.data.chat_templates import BUILT_IN
@@ -67,6 +68,17 @@ def test_the_loss_is_that_of_the_answers_alone(pico_moe: Model, tmp_path: Path) 
     assert documents > 4
     assert losses(recipe)[0] == pytest.approx(total / count, rel=1e-5)
     assert count < int(batch.real.sum()) / 2
+
+
+def test_a_template_that_a_stages_own_data_lack_is_named_by_their_key(pico_moe: Model, tmp_path: Path) -> None:
+    own: dict[str, Any] = {"domains": {"sums": write_chats(tmp_path / "sums.jsonl", sums())}}
+    stage = {"name": "align", "data": own}
+    with pytest.raises(UsageError, match=r"stages.align.data: there are conversations") as refused:
+        run(chat_recipe(pico_moe("mixtral"), tmp_path, stage=stage))
+    assert "--set stages.align.data.chat_template=turns" in str(refused.value.hint)
+    stage["data"] = own | {"chat_template": "away.jinja"}
+    with pytest.raises(UsageError, match=r"stages.align.data.chat_template: away.jinja cannot be read"):
+        run(chat_recipe(pico_moe("mixtral"), tmp_path, stage=stage))
 
 
 @pytest.mark.long

@@ -13,6 +13,8 @@ from upcycle.cli.shared.options import build_recipe, common_options, recipe_opti
 from upcycle.cli.shared.output import note, print_facts, print_json, print_table, warn
 from upcycle.cli.verbs.plan_run import command as plan_run
 from upcycle.cli.verbs.plan_train import command as plan_train
+from upcycle.files.locate import is_local, locate
+from upcycle.files.locate_adapted import names_adapter
 from upcycle.formatting import count, size
 
 
@@ -53,6 +55,8 @@ def command(source: str | None, timed: bool | None, as_json: bool, debug: bool, 
 
 def show_plan(recipe: Any, as_json: bool, timed: bool) -> None:
     """Print the plan of a recipe (also ``convert --dry-run``), and where it is ``timed``, how long the conversion takes."""
+    if not is_local(recipe.source) and not names_adapter(recipe.source):
+        locate(recipe.source, recipe.revision, config_only=True)  # what cannot be had is said before torch is loaded
     from upcycle.evaluation.forecast.forecast import forecast, forecast_in_words, timed_job
 
     job, opening = timed_job(recipe)

@@ -69,9 +69,9 @@ def _model(dense: DenseConfig, block: BlockShape, converted: int) -> ModelShape:
 def _unlike(dense: DenseConfig, shape: MoeShape, target: str) -> str | None:
     """Return what kind of model the times are not about."""
     if shape.experts and target not in _MEASURED_ALIKE:
-        return f"{target} blocks were not timed"
+        return f"MoE layers of {target}, the result's architecture, were not timed"
     if dense.special & _OTHER_LAYERS:
-        return f"{dense.family} layers were not timed"
+        return f"layers of {dense.family}, the source's architecture, were not timed"
     if not dense.mlp_gated or dense.mlp_bias:
         return "FFNs without a gate or with biases were not timed"
     return None
