@@ -30,7 +30,7 @@ def open_domain(data: DataRecipe, domain: DomainRecipe, pictures: Pictures | Non
     return _opened(data, domain, domain.text, domain.revision, pictures)
 
 
-def read_texts(data: DataRecipe) -> dict[str, dict[str, str]]:
+def domain_contents(data: DataRecipe) -> dict[str, dict[str, str]]:
     """Name -> fingerprint of every file or dataset that a domain reads, its validation files too, by domain.
 
     Raises:

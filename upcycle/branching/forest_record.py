@@ -18,7 +18,7 @@ from upcycle.recipe.conversion_recipe import Recipe, parse_recipe
 from upcycle.trainers.recipe.training_recipe import TrainRecipe, parse_train_recipe
 
 FOREST = "forest.json"
-Texts: TypeAlias = dict[str, dict[str, str]]
+DomainContents: TypeAlias = dict[str, dict[str, str]]
 # The keys of a training recipe that decide what its model is; all others say where and how fast.
 _TRAINED_BY = ("data", "stages", "length", "global_batch", "seed", "dtype", "clip", "optimizer", "adapter")
 
@@ -36,7 +36,7 @@ class ForestRecord:
         CheckpointError: ``forest.json`` cannot be read.
     """
 
-    def __init__(self, folder: Path, seed: Path, texts: Callable[[], Texts]) -> None:
+    def __init__(self, folder: Path, seed: Path, texts: Callable[[], DomainContents]) -> None:
         self.folder, self.seed, self._texts = folder, seed, texts
         path = folder / FOREST
         if folder.is_dir() and contents(folder) and not path.is_file():
@@ -123,7 +123,7 @@ class ForestRecord:
         """Write the file as a whole."""
         write_text_whole(self.folder / FOREST, json.dumps(self._content, indent=2) + "\n")
 
-    def _changed_text(self, recorded: Texts) -> str | None:
+    def _changed_text(self, recorded: DomainContents) -> str | None:
         """What differs in the domains' files since they were ``recorded``; records of older versions have none."""
         if not recorded:
             return None

@@ -31,7 +31,7 @@ from upcycle.progress import SILENT, Progress
 from upcycle.trainers.checkpoints.prepare_model import tokenizer_of
 from upcycle.trainers.data.batches import open_validation
 from upcycle.trainers.data.data_check import check_data
-from upcycle.trainers.data.open_domain import read_texts
+from upcycle.trainers.data.open_domain import domain_contents
 from upcycle.trainers.data.packed_attention import check_fits
 from upcycle.trainers.distributed.launcher import launch_ranks
 from upcycle.trainers.distributed.ranks import process_group
@@ -130,7 +130,7 @@ class _Rounds:
         refuse_masked(self.seed, recipe.source)
         self.folder = real_path(recipe.output)
         check_apart(self.folder, self.seed, "the seed", inside=True)
-        self.texts = cache(lambda: read_texts(held_out_data(recipe)))
+        self.texts = cache(lambda: domain_contents(held_out_data(recipe)))
         self.record = ForestRecord(self.folder, self.seed, self.texts)
 
     def run(self, nproc: int | None, restart: bool) -> RoundsResult:

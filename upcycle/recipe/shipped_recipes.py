@@ -119,10 +119,10 @@ def read_laid_over(
 def recipe_hint(argument: str, verb: Verb) -> str:
     """Return a hint with the shipped recipe that the user may have meant, and all there are."""
     models = "; or one for a model: upcycle list recipes" if verb == "convert" else ""
-    return f"{meant(argument, verb)}a YAML file, or one of: {', '.join(shipped(verb))}{models}"
+    return f"{did_you_mean(argument, verb)}a YAML file, or one of: {', '.join(shipped(verb))}{models}"
 
 
-def meant(argument: str, *verbs: Verb) -> str:
+def did_you_mean(argument: str, *verbs: Verb) -> str:
     """Return a question whether the user meant the recipe whose name is most alike, with a space behind it; "" where none is alike."""
     close = difflib.get_close_matches(argument, [name for verb in verbs for name in names_of_recipes(verb)], n=1)
     return f"did you mean '{close[0]}'? " if close else ""
