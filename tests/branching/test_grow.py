@@ -173,7 +173,7 @@ def test_a_domain_whose_text_changed_is_noticed(pico: Pico, tmp_path: Path, monk
             call(content)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_kill_at_any_point_changes_nothing(pico: Pico, tmp_path: Path, monkeypatch: Any) -> None:
     mixed = {"method": "branch_train_mix", "verification": {"enabled": False}}
     content = recipe(pico("llama"), tmp_path, rounds=[["law"], ["code"]], branch="posteriors", sample=64, last=mixed)

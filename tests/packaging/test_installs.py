@@ -111,7 +111,7 @@ def use(environment: Environment, checkout: Checkout, folder: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("editable", [False, True], ids=["plain", "editable"])
+@pytest.mark.parametrize("editable", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "editable"])
 def test_pip_installs_a_checkout_that_works(checkout: Checkout, tmp_path: Path, editable: bool) -> None:
     if checkout.links:
         pytest.skip("its installations hold the same files, and the tests themselves run from an editable one")

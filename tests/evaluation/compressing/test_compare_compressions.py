@@ -112,7 +112,7 @@ def test_numbers_are_those_of_the_model_that_the_command_writes(
     assert "timing" not in listener.told[1]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_all_methods_at_every_size(pico_moe: Models) -> None:
     found = compare_compressions(str(pico_moe("mixtral")), keep=[0.75, 0.5], **SMALL)
     rows = {(one.keep, one.method, one.refit) for one in found.results}
