@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import monotonic
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
 from terminal import in_terminal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -196,7 +198,6 @@ def main() -> None:
     parser.add_argument("page", type=Path)
     parser.add_argument("--fresh", action="store_true", help="install upcycle into a new environment first")
     options = parser.parse_args()
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
     from hub_server import TOKEN, HubServer
 
     parts, table, installing = [], [], 0.0

@@ -151,7 +151,9 @@ class StageRecipe(StrictSettings):
     )
     learning_rate: float | None = Field(None, gt=0, description="peak learning rate")
     rates: dict[Literal["router", "experts", "rest"], float] = Field(
-        default_factory=dict, description="factors on the learning rate of router, experts and rest"
+        default_factory=dict,
+        description="factors on the learning rate of router, experts and rest; routers that the conversion fitted get a small one "
+        "where none is named",
     )
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of matrices (vectors have none)")
     router_weight_decay: float | None = Field(None, ge=0, description="weight decay of routers [default: weight_decay]")

@@ -40,7 +40,7 @@ from upcycle.trainers.distributed.ranks import Ranks, import_deepspeed
 from upcycle.trainers.forecast.flops import training_flops
 from upcycle.trainers.optimizing.optimizers import make_optimizer, state_keys
 from upcycle.trainers.optimizing.parameter_groups import frozen_parts, groups, select
-from upcycle.trainers.optimizing.router_rates import router_warning
+from upcycle.trainers.optimizing.router_rates import fitted_routers
 from upcycle.trainers.pictures.pictures import Pictures
 from upcycle.trainers.recipe.data_recipe import DataRecipe
 from upcycle.trainers.recipe.part_recipes import ControlParameters
@@ -124,8 +124,9 @@ class Stage:
             give_inputs_gradients(moe_layers(self.model))
         if layers is not None:
             divide_weights(layers, deepspeed_config(recipe, self.model, ranks.world_size), ranks)
-        # The warning is about AdamW, whose steps are as large as the learning rate; SGD's shrink with the gradient.
-        lost = None if recipe.optimizer.name == "sgd" else router_warning(self.model, self.rates, origin)
+        self.router_factor, lost = self._router_rate(
+            origin, saved.state.get("router_factor") if saved and resumed else None
+        )
         read = unread_warning(self.model), untaught_warning(self.model), adapted
         self.warnings = [
             text for text in (frozen_parts(self.model), leak, lost, self.stepper.control.unexported, *read) if text
@@ -164,6 +165,7 @@ class Stage:
             **({"unmasked": self.growth.value} if self.growth else {}),
             "losses": {loss.label: loss.state() for loss in self.stepper.losses},
             "balance": balance.state() if balance else None,
+            "router_factor": self.router_factor,
             "data": self.stream.state(),
         }
 
@@ -186,6 +188,27 @@ class Stage:
         self.engine.destroy()
         del self.engine, self.tensors, self.model, self.stepper
         gc.collect()
+
+    def _router_rate(self, origin: Path, begun: float | None) -> tuple[float | None, str | None]:
+        """Spare routers that the conversion taught, unless the stage says how fast they train or trains nothing else.
+
+        This is about AdamW, whose steps are as large as the learning rate; SGD's shrink with the gradient.
+
+        Args:
+            origin: the folder of the model that the run starts from.
+            begun: the factor that the stage began with, if a checkpoint in it says so: routers have grown since.
+
+        Returns:
+            The factor on the routers' learning rate, if the recipe does not say it, and a sentence on it.
+        """
+        if self.recipe.optimizer.name == "sgd":
+            return None, None
+        fitted = fitted_routers(self.model, self.rates, origin)
+        if "router" in self.stage_recipe.rates or set(self.trained.values()) == {"router"}:
+            return None, fitted.warning(self.rates.learning_rate * self.rates.router) if fitted else None
+        factor = begun or (fitted.factor if fitted else 1.0)
+        self.rates = self.rates.model_copy(update={"router": factor})
+        return factor, fitted.spared if fitted else None
 
     def _check_control(self, divided: bool) -> None:
         """Refuse a control of routers that are replaced, or of experts whose weights are on other ranks."""

@@ -143,7 +143,8 @@ def page(title: str, rows: Sequence[Row]) -> str:
         f"| {row.what} | {row.ours} | {row.theirs} | {row.ratio} | {row.target} | {verdict[row.passed]} |"
         for row in rows
     ]
-    return "\n".join(lines) + "\n"
+    made_by = "`python -P tests/benchmarks/compressing/large_moe.py --out docs/measured/large_moe.md`"
+    return "\n".join([*lines, "", f"By {made_by}; copying is of the whole checkpoint."]) + "\n"
 
 
 def drop(folder: Path) -> None:

@@ -1,11 +1,13 @@
 """Healing the demo model after it was split to 50% of its neurons, from the split that ``upcycle compare`` recommends and from a
 random one: plain continual pre-training (CPT), with the dense parent's distribution beside the text's next token, with the
-parent's alone, routers first.
+parent's alone, routers first. The random split is also healed in closed form first, block by block (``router: ridge``,
+``refit: down``, which the other split has been already), and then by the parent's distribution and hidden states; the tokens that
+the fits read are counted as tokens of the run.
 
 All see the same rows of CPython's documentation and source in the same order, on the side of the split the demo model was
 trained on, and are measured on the other. The gap is that of the split's loss to the dense model's, mean of both domains; the
 table says after how many tokens how much of it is closed, the mean of the seeds. All runs from one split have one learning
-rate, the same for all of its runs (``--rate`` for another, ``--runs`` and ``--splits`` for some of them).
+rate (``--rate`` for another, ``--runs`` and ``--splits`` for some of them), except from fitted weights, which larger steps undo.
 
     python -P tests/benchmarks/training/healing.py --out docs/measured/healing_demo.md --plot docs/images/healing_demo.png
 """
@@ -40,7 +42,10 @@ DISTILLED = {
     "CPT + distillation": {"logits": 1.0, "ffn": 1.0, "next_token": 1.0},  # configs/train/heal_distill.yaml
     "distillation alone": {"logits": 1.0, "ffn": 1.0, "next_token": 0.0},
 }
-RUNS = ("CPT", *DISTILLED, "router first, CPT")
+FITTED_FIRST = "closed form, distillation"
+FITTED = {"logits": 1.0, "hidden": 10.0, "next_token": 0.0}
+FITTED_RATE, FITTED_ROUTER, FITTED_TOKENS = 2e-4, 1e-3, 16_384
+RUNS = ("CPT", *DISTILLED, "router first, CPT", FITTED_FIRST)
 DOMAINS = ("prose", "code")
 LENGTH, BATCH = 256, 4
 SAMPLE = 200_000  # characters of each domain
@@ -61,12 +66,13 @@ class Split:
 
 SPLITS = {
     "compared": Split("The split that compare recommends", 1e-4, 1e-3, 500_000),
-    "random": Split("A random split", 1e-3, 1.0, 1_000_000),
+    "random": Split("A random split", 1e-3, 1.0, 500_000),
 }
 
 
 def convert(kind: str, out: Path, samples: Sequence[Path]) -> Path:
-    """``compared`` is the shipped recipe's, in fewer experts, which train faster; ``random`` cuts into 8, of which 4 run.
+    """``compared`` is the shipped recipe's, in fewer experts, which train faster; ``random`` cuts into 8, of which 4 run;
+    ``fitted`` cuts into the same, and fits routers and down projections.
 
     ``samples`` are calibrated on: the embedded texts, which the recipe names, are among those measured on here.
     """
@@ -78,6 +84,10 @@ def convert(kind: str, out: Path, samples: Sequence[Path]) -> Path:
             told = {**shipped, "pieces": 24, "calibration": calibration, **told}
         else:
             told |= {"method": "random_split", "experts": 8, "top_k": 4}
+        if kind == "fitted":
+            text = [str(path) for path in samples]
+            told["calibration"] = {"text": text, "tokens": FITTED_TOKENS, "window": LENGTH}
+            told |= {"router": "ridge", "refit": "down"}
         upcycle.convert(out=out, **told)
     return out
 
@@ -113,6 +123,9 @@ def stages(run: str, steps: int, rate: float, router: float) -> list[dict[str, A
         return [everything]
     if run in DISTILLED:
         return [{**everything, "distillation": DISTILLED[run]}]
+    if run == FITTED_FIRST:
+        everything |= {"learning_rate": FITTED_RATE, "rates": {"router": FITTED_ROUTER}}
+        return [{**everything, "distillation": FITTED}]
     first = steps // 10
     router_only: dict[str, Any] = {
         "name": "router",
@@ -143,6 +156,20 @@ def recipe(data: Mapping[str, Any], seed: int, every: int) -> dict[str, Any]:
 def key(kind: str, run: str, seed: int, rate: float, steps: int) -> str:
     """The folder of a run."""
     return f"{kind} {run} {rate:g} {steps} {seed}".replace(" + ", "-").replace(", ", "-").replace(" ", "-")
+
+
+def with_fits(curve: Curve, split: Mapping[str, float]) -> Curve:
+    """A curve from fitted weights as one from the split: its tokens come behind those that were fitted on, which close nothing
+    until the last is read.
+    """
+    return Curve(
+        {0: split, FITTED_TOKENS - 1: split, **{FITTED_TOKENS + tokens: by for tokens, by in curve.points.items()}}
+    )
+
+
+def runs_from(kind: str, runs: Sequence[str]) -> list[str]:
+    """Those that are made from a split: what is fitted has nothing to fit."""
+    return [run for run in runs if kind == "random" or run != FITTED_FIRST]
 
 
 def table(dense: float, curves: Mapping[str, Sequence[Curve]]) -> str:
@@ -194,8 +221,10 @@ def main() -> None:
     told: dict[str, dict[str, Any]] = {}
     steps = {kind: -(-(options.tokens or SPLITS[kind].tokens) // (LENGTH * BATCH)) for kind in options.splits}
     for kind in options.splits:
-        model, rate = convert(kind, work / kind, samples), options.rate or SPLITS[kind].rate
-        for run, seed in product(options.runs, options.seeds):
+        rate = options.rate or SPLITS[kind].rate
+        for run, seed in product(runs_from(kind, options.runs), options.seeds):
+            start = "fitted" if run == FITTED_FIRST else kind
+            model = convert(start, work / start, samples)
             common = recipe(data, seed, max(1, steps[kind] // options.points))
             told[key(kind, run, seed, rate, steps[kind])] = {
                 "model": str(model),
@@ -207,9 +236,17 @@ def main() -> None:
     parts = []
     for kind in options.splits:
         rate = options.rate or SPLITS[kind].rate
-        own = {run: [curves[key(kind, run, seed, rate, steps[kind])] for seed in options.seeds] for run in options.runs}
+        own = {
+            run: [curves[key(kind, run, seed, rate, steps[kind])] for seed in options.seeds]
+            for run in runs_from(kind, options.runs)
+        }
+        if FITTED_FIRST in own:
+            split = validation_loss(work / kind, next(iter(told.values())))
+            own[FITTED_FIRST] = [with_fits(each, split) for each in own[FITTED_FIRST]]
         router = options.router or SPLITS[kind].router
         told_rate = f"Learning rate {rate:g}" + ("" if router == 1 else f", {router:g} of it for routers")
+        if FITTED_FIRST in own:
+            told_rate += f" (from fitted weights {FITTED_RATE:g}, {FITTED_ROUTER:g} of it for routers)"
         head = f"{steps[kind] * LENGTH * BATCH:,} tokens. {told_rate}."
         parts.append(f"## {SPLITS[kind].title}\n\n{head} {table(loss, own)}")
         if options.plot:

@@ -1,4 +1,4 @@
-"""Learning rates that would undo what conversion taught the routers are warned of, and no others."""
+"""Learning rates that would undo what conversion taught the routers are found, and no others."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from upcycle.trainers.optimizing.parameter_groups import parts, select
-from upcycle.trainers.optimizing.router_rates import router_warning
+from upcycle.trainers.optimizing.router_rates import fitted_routers
 from upcycle.trainers.recipe.part_recipes import GroupParameters
 
 
@@ -33,28 +33,26 @@ def cooled(stock: Callable[..., Any]) -> Any:
     return model
 
 
-def test_a_rate_that_undoes_calibrated_routers_is_warned_of_and_the_suggested_one_is_not(
-    cooled: Any, tmp_path: Path
-) -> None:
+def test_routers_that_would_be_undone_get_a_factor_with_which_they_are_not(cooled: Any, tmp_path: Path) -> None:
     origin = taught(tmp_path, "ridge")
-    warning = router_warning(cooled, GroupParameters(learning_rate=1e-4), origin)
-    assert warning
-    assert "weights are about 3e-05" in warning
-    assert "up to 0.0001" in warning
-    assert "'ridge'" in warning
-    assert "rates: {router: 0.001}" in warning
-    assert router_warning(cooled, GroupParameters(learning_rate=1e-4, router=0.001), origin) is None
+    found = fitted_routers(cooled, GroupParameters(learning_rate=1e-4), origin)
+    assert found
+    assert found.size == pytest.approx(3e-5)
+    assert found.factor == 0.001
+    assert "weights of about 3e-05" in found.spared
+    assert "rates: {router: 0.001}" in found.warning(1e-4)
+    assert fitted_routers(cooled, GroupParameters(learning_rate=1e-4, router=found.factor), origin) is None
 
 
-def test_no_warning_where_no_calibrated_router_is_lost(cooled: Any, tmp_path: Path, stock: Callable[..., Any]) -> None:
+def test_no_factor_where_no_calibrated_router_is_lost(cooled: Any, tmp_path: Path, stock: Callable[..., Any]) -> None:
     fast = GroupParameters(learning_rate=1e-3)
-    assert router_warning(cooled, fast, tmp_path) is None, "no conversion"
-    assert router_warning(cooled, fast, taught(tmp_path, "cool")) is None
-    assert router_warning(cooled, fast, taught(tmp_path, None)) is None, "a growth step has no router of its own"
+    assert fitted_routers(cooled, fast, tmp_path) is None, "no conversion"
+    assert fitted_routers(cooled, fast, taught(tmp_path, "cool")) is None
+    assert fitted_routers(cooled, fast, taught(tmp_path, None)) is None, "a growth step has no router of its own"
     origin = taught(tmp_path, "centroid")
-    assert router_warning(cooled, fast, origin)
+    assert fitted_routers(cooled, fast, origin)
     select(cooled, ["experts", "rest"])
-    assert router_warning(cooled, fast, origin) is None
+    assert fitted_routers(cooled, fast, origin) is None
     usual = stock("mixtral")  # weights of 0.02 and more
     select(usual, ["all"])
-    assert router_warning(usual, fast, origin) is None
+    assert fitted_routers(usual, fast, origin) is None
