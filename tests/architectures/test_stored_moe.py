@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from upcycle.architectures.stored_moe import MOES, MoeModel, moe_family
+from upcycle.architectures.moe_families import MOES, moe_family
+from upcycle.architectures.stored_moe import MoeModel
 from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 from upcycle.errors import CheckpointError, RefusalError, UpcycleError
 
@@ -35,7 +36,7 @@ def config(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
-        ({"model_type": "deepseek_v3"}, RefusalError, "cannot grow the experts of a 'deepseek_v3' model"),
+        ({"model_type": "jamba"}, RefusalError, "cannot grow the experts of a 'jamba' model"),
         ({"model_type": "llama"}, RefusalError, "is a dense 'llama' model"),
         ({"num_local_experts": 0, "num_experts": 0}, CheckpointError, "must be a positive integer, got 0"),
         ({"num_hidden_layers": "many"}, CheckpointError, "'num_hidden_layers' must be a positive integer"),

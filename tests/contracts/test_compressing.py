@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import upcycle
-from upcycle.architectures.stored_moe import MOES
+from upcycle.architectures.moe_families import MOES
 from upcycle.calibration.compressing import observe_moe, refit_cut, refit_depth, round_ternary
 from upcycle.checkpoints.shard_writer import ShardWriter
 from upcycle.conversion.convert import run_recipe
@@ -52,7 +52,19 @@ LEFT = {
 }  # experts that others leave of four, here
 TEXT: dict[str, Any] = {"text": "demo", "tokens": 512, "window": 32}
 QUICK: dict[str, Any] = {"keep": 0.75, "calibration": TEXT, "verification": {"tokens": 64}}
-ONE_WIDTH = ("hunyuan_v1_moe", "glm4_moe", "glm4_moe-sigmoid", "dots1", "solar_open")  # of routed and shared experts
+ONE_WIDTH = (  # of routed and shared experts
+    *(
+        "hunyuan_v1_moe",
+        "glm4_moe",
+        "glm4_moe-sigmoid",
+        "dots1",
+        "solar_open",
+        "deepseek_v3",
+        "deepseek_v2",
+        "glm4_moe_lite",
+    ),
+    *("exaone_moe", "ernie4_5_moe"),
+)
 CELLS = [
     (method, name, fused)
     for method in NAMES

@@ -379,6 +379,14 @@ def test_the_readme_counts_what_is_registered() -> None:
         assert f"{number} {words}" in " ".join(README.split())
 
 
+def test_the_guide_to_compressing_names_every_architecture() -> None:
+    from upcycle.architectures.moe_families import MOES
+
+    guide = (ROOT / "docs" / "guides" / "compressing.md").read_text(encoding="utf-8")
+    listed = guide.partition("Models are the stock ones")[2].partition("Left out")[0]
+    assert re.findall(r"`(\w+)`", listed) == list(MOES)
+
+
 def test_the_guide_to_compressing_has_the_numbers_of_the_page() -> None:
     def rows(name: str) -> list[list[str]]:
         lines = (ROOT / "docs" / name).read_text(encoding="utf-8").splitlines()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-SIGMOIDS = ("lfm2_moe", "glm4_moe", "dots1", "solar_open")
+SIGMOIDS = ("lfm2_moe", "glm4_moe", "dots1", "solar_open", "deepseek_v3", "glm4_moe_lite", "exaone_moe", "minimax_m2")
 
 
 @dataclass
@@ -103,7 +103,7 @@ def _seen(layer: Any, parts: dict[str, Any]) -> Seen:
     (router,) = [
         tensor for name, tensor in rows.items() if tensor.shape == (count, d) and not name.startswith("experts")
     ]
-    bias = [tensor for tensor in rows.values() if tensor.numel() == count]
+    bias = [tensor for name, tensor in block.state_dict().items() if tensor.numel() == count and "bias" in name]
     spread = torch.zeros(len(x), count, dtype=torch.float64).scatter(1, ids, weights.double())
     with torch.no_grad():
         outputs = [neurons(block.experts, x, e) @ block.experts.down_proj[e].T for e in range(count)]
@@ -151,6 +151,9 @@ def without_experts(model: Any, folder: Path, kept: dict[int, Sequence[int]]) ->
         if (block := block_of(layer)) is not None:
             for name, tensor in row_tensors(block, experts).items():
                 state[f"{paths[id(block)]}.{name}"] = tensor[list(kept[index])]
+            for name, tensor in block.state_dict().items():
+                if tensor.shape == (1, experts):
+                    state[f"{paths[id(block)]}.{name}"] = tensor[:, list(kept[index])]
     smaller.load_state_dict(state)
     return smaller
 

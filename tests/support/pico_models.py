@@ -249,6 +249,7 @@ MOE_COMMON: dict[str, Any] = COMMON | {
     "num_experts_per_tok": 2,
 }
 _SIGMOID: dict[str, Any] = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "norm_topk_prob": True}
+_LATENT = {**LATENT, "num_key_value_heads": 4}  # attention whose keys and values are products
 _DELTA_NET = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
@@ -286,4 +287,16 @@ PICO_MOE: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe-sigmoid": ("glm4_moe", {**_SIGMOID, "first_k_dense_replace": 0, "norm_topk_prob": False}),
     "dots1": ("dots1", {**_SIGMOID, "routed_scaling_factor": 1.5, "n_shared_experts": 1, "first_k_dense_replace": 0}),
     "solar_open": ("solar_open", _SIGMOID),
+    "deepseek_v3": ("deepseek_v3", {**_SIGMOID, **_LATENT, "head_dim": 4, "first_k_dense_replace": 1}),
+    "deepseek_v2": (
+        "deepseek_v2",
+        {**_SIGMOID, **_LATENT, "q_lora_rank": None, "topk_method": "greedy", "routed_scaling_factor": 1.5},
+    ),
+    "glm4_moe_lite": ("glm4_moe_lite", {**_SIGMOID, **_LATENT}),
+    "exaone_moe": ("exaone_moe", {**_SIGMOID, "num_experts": 4, "num_shared_experts": 1, "first_k_dense_replace": 0}),
+    "minimax_m2": ("minimax_m2", {"num_local_experts": 4, "intermediate_size": 16}),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_start_index": 0},
+    ),
 }

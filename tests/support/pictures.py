@@ -35,7 +35,7 @@ SESSION: Mapping[str, Sequence[str]] = {
 }
 HEALING = (
     f"upcycle train heal_distill --model half --output run --set data={TEXT} --set stages.0.tokens=65536 --set length=256 "
-    "--set stages.0.learning_rate=3e-4 --set stages.0.schedule.warmup=4 --set global_batch=4 --set micro_batch=4"
+    "--set stages.0.schedule.warmup=4 --set global_batch=4 --set micro_batch=4"
 )
 MODELS = (
     HEALING,

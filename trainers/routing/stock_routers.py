@@ -5,6 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from inspect import signature
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -169,6 +170,7 @@ def selection_bias(block: nn.Module, router: nn.Module) -> torch.Tensor | None:
     for holder, name in (
         (router, "e_score_correction_bias"),
         (getattr(router, "moe_statics", None), "e_score_correction_bias"),
+        (block, "e_score_correction_bias"),
         (block, "expert_bias"),
     ):
         bias = getattr(holder, name, None)
@@ -261,7 +263,7 @@ def _other_layers(model: nn.Module) -> list[MoeLayer]:
     if model not in answers:
         found: list[MoeLayer] = []
         for index, block in _blocks(model):
-            read = next((pair for pair in map(_asked, block.children()) if pair), None)
+            read = next((pair for pair in map(partial(_asked, block), block.children()) if pair), None)
             if read is None:
                 found = []
                 break
@@ -276,11 +278,11 @@ def _answers() -> WeakKeyDictionary[nn.Module, list[MoeLayer]]:
     return WeakKeyDictionary()
 
 
-def _asked(router: nn.Module) -> tuple[nn.Module, RoutingRule] | None:
+def _asked(block: nn.Module, router: nn.Module) -> tuple[nn.Module, RoutingRule] | None:
     """A module with the rule that explains what it gives for random inputs and weights, if it is a router of a known rule.
 
     Transformers' routers give logits ``[T, E]``, weights and experts ``[T, K]``. Every rule is tried on these logits, and must
-    give the same weights of the same experts.
+    give the same weights of the same experts. Some are given the bias on the choice, which their block has (MiniMax).
     """
     matrix = next((weight for weight in router.parameters() if weight.dim() == 2), None)
     top_k = getattr(router, "top_k", None)
@@ -291,6 +293,9 @@ def _asked(router: nn.Module) -> tuple[nn.Module, RoutingRule] | None:
     copy = deepcopy(router).float().eval()
     # A plan has no weights, and a run that divides them has none yet: any will do.
     copy = copy.to_empty(device="cpu") if matrix.is_meta else copy.cpu()
+    bias = None
+    if "e_score_correction_bias" in signature(router.forward).parameters:
+        bias = torch.rand(experts, generator=draw)
     with torch.no_grad():
         if matrix.is_meta:
             for value in (*copy.parameters(), *copy.buffers()):
@@ -300,7 +305,8 @@ def _asked(router: nn.Module) -> tuple[nn.Module, RoutingRule] | None:
                 weight.copy_(torch.randn(weight.shape, generator=draw))
         try:
             reads = getattr(router, "reads", matrix.shape[1])  # behind a hidden layer, the matrix reads another length
-            logits, weights, chosen = copy(torch.randn(_ASKED, reads, generator=draw))
+            tokens = torch.randn(_ASKED, reads, generator=draw)
+            logits, weights, chosen = copy(tokens, bias) if bias is not None else copy(tokens)
         except (RuntimeError, TypeError, ValueError):  # no router, or one of another kind
             return None
     if logits.shape != (_ASKED, experts) or chosen.shape != (_ASKED, top_k):
@@ -308,12 +314,13 @@ def _asked(router: nn.Module) -> tuple[nn.Module, RoutingRule] | None:
     given = torch.zeros(_ASKED, experts).scatter(1, chosen, weights.float())
     for score in _SCORES:
         for normalized in (True, False):
-            rule = RoutingRule(score, experts, top_k, normalized, bias=lambda: selection_bias(copy, copy))
+            added = partial(selection_bias, copy, copy) if bias is None else lambda: bias
+            rule = RoutingRule(score, experts, top_k, normalized, bias=added)
             own_weights, own = rule.route(logits)
             made = torch.zeros_like(given).scatter(1, own, own_weights)
             factor = float(f"{float(given.sum() / made.sum()):.4g}")
             if torch.allclose(given, factor * made, rtol=1e-3, atol=1e-6):
-                return router, replace(rule, factor=factor, bias=lambda: selection_bias(router, router))
+                return router, replace(rule, factor=factor, bias=partial(selection_bias, block, router))
     constant = RoutingRule("softmax", experts, top_k, constant=float(weights[0, 0]))
     largest = torch.equal(constant.route(logits)[1].sort(dim=1).values, chosen.sort(dim=1).values)
     return (router, constant) if largest and bool((weights == weights[0, 0]).all()) else None

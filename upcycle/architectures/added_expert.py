@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from upcycle.architectures.stored_moe import ExpertRows, MoeModel, expert_index, matrix_of
 from upcycle.architectures.tensor_origin import Origin
@@ -69,7 +70,6 @@ def with_expert(
         elif role == "experts":
             yield name, AddedRows(name, taken=every, layer=layer, part=part, scale=factor)
         else:
-            yield (
-                name,
-                AddedRows(name, taken=every, layer=layer, part="values", values=row if role == "router" else bias),
-            )
+            flat: Any = "row" if model.is_flat(name) else ""
+            values = row if role == "router" else bias
+            yield name, AddedRows(name, taken=every, flat=flat, layer=layer, part="values", values=values)

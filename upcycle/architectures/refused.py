@@ -18,6 +18,7 @@ _MOES = (
     *(
         "deepseek_v2",
         "exaone_moe",
+        "glm4_moe_lite",
         "jamba",
         "jetmoe",
         "llama4",

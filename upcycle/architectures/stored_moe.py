@@ -10,67 +10,19 @@ from typing import Any, Literal
 
 from upcycle.architectures.expert_terms import ExpertTerms, LayerCut, Term
 from upcycle.architectures.module_paths import BELONG_TOGETHER, ModulePaths, check_layers, find_module_paths
+from upcycle.architectures.moe_families import MoeFamily, moe_family
 from upcycle.architectures.stock import build_config
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.errors import CheckpointError, RefusalError
-from upcycle.files.formats import settings
-from upcycle.files.formats.settings import LAYERS, SIZE, check_value
 from upcycle.files.formats.tensor_spec import TensorSpec
-from upcycle.registry import FAMILIES
 
 Role = Literal["expert", "experts", "router", "bias", "other"]
 
 
-@dataclass(frozen=True)
-class MoeFamily:
-    """Describes what tells one MoE architecture from another.
-
-    Attributes:
-        name: its ``model_type``.
-        experts_key: the configuration key with the number of routed experts.
-        top_k_key: the configuration key with the number of experts per token.
-        sigmoid: scores are sigmoids of the logits; unless they are normalised, their sum depends on how many are chosen.
-        epsilon: what is added to the sum that normalised weights are divided by, where a float can tell.
-        renames: pairs of texts, the second of which replaces the first in a stored name to give the stock module's name.
-    """
-
-    name: str
-    experts_key: str = "num_experts"
-    top_k_key: str = "num_experts_per_tok"
-    sigmoid: bool = False
-    epsilon: float = 0.0
-    renames: tuple[tuple[str, str], ...] = ()
-
-
-_GRANITE = (
-    (".block_sparse_moe.router.layer.weight", ".block_sparse_moe.router.weight"),
-    (".block_sparse_moe.input_linear.weight", ".block_sparse_moe.experts.gate_up_proj"),
-    (".block_sparse_moe.output_linear.weight", ".block_sparse_moe.experts.down_proj"),
-)
-_LISTED = (
-    MoeFamily("mixtral", "num_local_experts", renames=((".block_sparse_moe.", ".mlp."),)),
-    MoeFamily("qwen2_moe"),
-    MoeFamily("qwen3_moe"),
-    MoeFamily("qwen3_5_moe_text"),
-    MoeFamily("olmoe"),
-    MoeFamily("flex_olmo"),
-    MoeFamily("mellum"),
-    MoeFamily("cohere2_moe"),
-    MoeFamily("granitemoe", "num_local_experts", renames=_GRANITE),
-    MoeFamily("granitemoeshared", "num_local_experts", renames=_GRANITE),
-    MoeFamily("granitemoe_swa", "num_local_experts"),
-    MoeFamily("hunyuan_v1_moe", top_k_key="moe_topk"),
-    MoeFamily("lfm2_moe", sigmoid=True, epsilon=1e-6),
-    MoeFamily("glm4_moe", "n_routed_experts", sigmoid=True),
-    MoeFamily("dots1", "n_routed_experts", sigmoid=True),
-    MoeFamily("solar_open", "n_routed_experts", sigmoid=True),
-)
-MOES = {family.name: family for family in _LISTED}
-
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight")
 _EXPERTS = re.compile(r".+\.(experts\.gate_up_proj|experts\.down_proj|block_sparse_moe\.(input|output)_linear\.weight)")
 _ROUTER = re.compile(r".+\.(mlp|block_sparse_moe|feed_forward)\.((gate|gate\.wg|router|router\.layer)\.weight)")
-_BIAS = re.compile(r".+\.(gate\.e_score_correction_bias|feed_forward\.expert_bias)")
+_BIAS = re.compile(r".+\.((gate|mlp|block_sparse_moe|moe_statics)\.e_score_correction_bias|feed_forward\.expert_bias)")
 _MATRICES = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2": "down", "down_proj": "down"}
 
 
@@ -78,13 +30,20 @@ _MATRICES = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2
 class ExpertRows(Origin):
     """The origin of a tensor whose first dimension counts experts: the experts ``taken`` are written, in that order.
 
-    Normal noise, ``noise`` times the tensor's standard deviation, is added to all but the first ``kept`` of them.
+    Normal noise, ``noise`` times the tensor's standard deviation, is added to all but the first ``kept`` of them. ``flat``: the
+    stored tensor has a dimension of size 1 before that of the experts, and the written one has it, too (row), or not (vector).
     """
 
     taken: tuple[int, ...] = ()
     kept: int = 0
     noise: float = 0.0
     seed: int = 0
+    flat: Literal["", "row", "vector"] = ""
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the written tensor."""
+        count = len(self.taken)
+        return {"": (count, *stored[1:]), "row": (1, count), "vector": (count,)}[self.flat]
 
 
 @dataclass(frozen=True)
@@ -135,8 +94,9 @@ class MoeModel:
             experts=experts,
             top_k=top_k,
             # Cohere's softmax is that of the chosen logits alone, whatever the key says.
-            normalized=getattr(stock, "expert_selection_fn", "") == "softmax"
-            or bool(getattr(stock, "norm_topk_prob", True)),
+            normalized=family.normalized
+            if family.normalized is not None
+            else getattr(stock, "expert_selection_fn", "") == "softmax" or bool(getattr(stock, "norm_topk_prob", True)),
             layers=stock.num_hidden_layers,
             vocab_size=stock.vocab_size,
             hidden_size=stock.hidden_size,
@@ -178,9 +138,13 @@ class MoeModel:
             return "other"
         if _EXPERT.fullmatch(name):
             return "expert"
-        tall = bool(self.specs[name].shape) and self.specs[name].shape[0] == self.experts
+        tall = tuple(self.specs[name].shape[:1]) == (self.experts,) or self.is_flat(name)
         kinds: tuple[tuple[re.Pattern[str], Role], ...] = ((_EXPERTS, "experts"), (_ROUTER, "router"), (_BIAS, "bias"))
         return next((role for pattern, role in kinds if tall and pattern.fullmatch(name)), "other")
+
+    def is_flat(self, name: str) -> bool:
+        """Return whether a tensor holds a number per expert behind a dimension of size 1, as ERNIE's biases on the choice."""
+        return tuple(self.specs[name].shape) == (1, self.experts)
 
     @cached_property
     def moe_layers(self) -> list[int]:
@@ -188,6 +152,11 @@ class MoeModel:
         return sorted(
             layer for layer, names in self.names.items() if layer is not None and "router" in map(self.role, names)
         )
+
+    @property
+    def biased(self) -> bool:
+        """Whether routers have a bias that is added to the scores for the choice."""
+        return any(self.role(name) == "bias" for layer in self.moe_layers for name in self.names[layer])
 
     @property
     def expert_elements(self) -> int:
@@ -212,7 +181,8 @@ class MoeModel:
                 yield name, Origin(name)
             else:
                 drawn = noise if role == "router" else 0.0
-                yield name, ExpertRows(name, taken=tuple(taken), kept=self.experts, noise=drawn, seed=seed)
+                flat: Any = "row" if self.is_flat(name) else ""
+                yield name, ExpertRows(name, taken=tuple(taken), kept=self.experts, noise=drawn, seed=seed, flat=flat)
 
     def cut_origins(self, layer: int, cut: LayerCut) -> Iterator[tuple[str, Origin]]:
         """Yield the names and origins of the tensors of a layer whose experts are those of ``cut``."""
@@ -228,7 +198,7 @@ class MoeModel:
                 scale = cut.scale if part == "down" else 1.0
                 yield name, ExpertTerms(name, experts=cut.experts, names=(name,), part=part, scale=scale)
             else:
-                yield name, ExpertRows(name, taken=cut.rows)
+                yield name, ExpertRows(name, taken=cut.rows, flat="row" if self.is_flat(name) else "")
 
     def _cut_matrix(self, prefix: str, matrix: str, cut: LayerCut) -> Iterator[tuple[str, Origin]]:
         names = tuple(f"{prefix}.{expert}.{matrix}.weight" for expert in range(self.experts))
@@ -336,28 +306,6 @@ def expert_index(name: str) -> int | None:
     """Return which expert a stored tensor belongs to; None: to all or none."""
     match = _EXPERT.fullmatch(name)
     return int(match[2]) if match else None
-
-
-def moe_family(raw: Mapping[str, Any], where: str) -> MoeFamily:
-    """Return the architecture of a configuration.
-
-    Raises:
-        RefusalError: it is a dense model, a quantized one, or a MoE of an unknown architecture.
-    """
-    model_type = settings.model_type(raw, where)
-    if model_type in FAMILIES:
-        raise RefusalError(
-            f"{where} is a dense '{model_type}' model, and a Mixture-of-Experts is needed",
-            hint="make one of it first: upcycle convert MODEL OUT --method sparse_upcycling --experts 8",
-        )
-    if model_type not in MOES:
-        raise RefusalError(
-            f"cannot grow the experts of a '{model_type}' model: this version does not know how it stores them",
-            hint=f"known ones: {', '.join(MOES)}",
-        )
-    check_value("num_hidden_layers", raw.get("num_hidden_layers", 1), LAYERS, f"{where}: config.json")
-    check_value(MOES[model_type].experts_key, raw.get(MOES[model_type].experts_key, 1), SIZE, f"{where}: config.json")
-    return MOES[model_type]
 
 
 def _natural(name: str) -> list[Any]:

@@ -77,10 +77,16 @@ class ExtendedMoe(MoeCheckpoint):
 
     def blocks(self, origin: Origin, dtype: str = "keep") -> Iterator[torch.Tensor]:
         """Yield a tensor of the result: as it is stored, the added expert's, or that of all experts with the added one behind."""
+        import torch
+
         if isinstance(origin, AddedMatrix):
             yield self.new_matrix(origin, origin.part, dtype)
         elif isinstance(origin, AddedRows):
-            yield from super().blocks(ExpertRows(origin.name, taken=origin.taken[:-1]), dtype)
+            before = super().blocks(ExpertRows(origin.name, taken=origin.taken[:-1], flat=origin.flat), dtype)
+            if origin.flat:
+                yield torch.cat([*before, self._last_row(origin, dtype).view(1, 1)], 1)
+                return
+            yield from before
             yield self._last_row(origin, dtype)[None]
         else:
             yield from super().blocks(origin, dtype)
@@ -91,7 +97,7 @@ class ExtendedMoe(MoeCheckpoint):
         if origin.part != "values":
             parts = ("gate", "up") if origin.part == "gate_up" else (origin.part,)
             return torch.cat([self.new_matrix(origin, part, dtype) for part in parts])
-        shape = self.store.specs[origin.name].shape[1:]
+        shape = () if origin.flat else self.store.specs[origin.name].shape[1:]
         row = (
             torch.tensor(origin.values, dtype=torch.float64)
             if origin.values

@@ -7,8 +7,8 @@ from typing import Any
 
 from upcycle.architectures.dense.base import Family
 from upcycle.architectures.described.family import DescribedFamily
+from upcycle.architectures.moe_families import MOES
 from upcycle.architectures.refused import REASONS, reason, text_model
-from upcycle.architectures.stored_moe import MOES
 from upcycle.architectures.towers.composite import composite_family
 from upcycle.architectures.towers.parts import LANGUAGE, PartsFamily
 from upcycle.errors import RefusalError

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from upcycle.architectures.expert_terms import SHARED_FFN, DenseMatrix, ExpertTerms, FfnPart, PackedMatrix, Term
 from upcycle.architectures.moe.dense_twin import beside_routed
+from upcycle.architectures.moe_families import moe_family
 from upcycle.architectures.stock_classes import stock_shapes
-from upcycle.architectures.stored_moe import ExpertRows, MoeModel, expert_index, matrix_of, moe_family
+from upcycle.architectures.stored_moe import ExpertRows, MoeModel, expert_index, matrix_of
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.checkpoints.checkpoint import COPY_BLOCK_BYTES, Checkpoint
 from upcycle.files.formats.packed_folder import PackedFolder
@@ -54,6 +55,9 @@ class MoeCheckpoint(Checkpoint):
             yield from super().blocks(origin, dtype)
         elif origin.noise:
             yield self._with_noise(origin, dtype)
+        elif origin.flat:
+            rows = self.read(origin.name, dtype).view(-1)[list(origin.taken)]
+            yield rows.view(origin.shape(self.store.specs[origin.name].shape))
         else:
             for expert in origin.taken:
                 for block in self.store.chunks(origin.name, COPY_BLOCK_BYTES, (expert, 1)):

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from upcycle.architectures.dense.base import DenseConfig, Family
+from upcycle.architectures.moe_families import moe_family
 from upcycle.architectures.stock_classes import stock_shapes
-from upcycle.architectures.stored_moe import moe_family
 from upcycle.checkpoints.compatibility import check_configs
 from upcycle.checkpoints.find_family import Tried, family_of
 from upcycle.checkpoints.mixed_checkpoint import Mix

@@ -246,10 +246,8 @@ def _hidden(origin: DenseMatrix, stored: TensorSpec) -> int:
 
 def _shape(origin: Origin, stored: TensorSpec) -> tuple[int, ...]:
     """Return the shape of an output tensor: one that holds several experts has as many as its origin names."""
-    if isinstance(origin, ExpertRows):
-        return (len(origin.taken), *stored.shape[1:])
-    if isinstance(origin, ExpertTerms):
-        return origin.shape(stored.shape)
+    if isinstance(origin, ExpertRows | ExpertTerms):
+        return origin.shape(tuple(stored.shape))
     if isinstance(origin, PackedMatrix | FactorRows):
         return origin.sizes
     if isinstance(origin, MadeTensor):

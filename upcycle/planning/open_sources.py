@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from upcycle.architectures.described.auto_wrap import AUTO_WRAP, found_family
-from upcycle.architectures.stored_moe import moe_family
+from upcycle.architectures.moe_families import moe_family
 from upcycle.checkpoints.checkpoint import Checkpoint, DenseCheckpoint
 from upcycle.checkpoints.find_family import Tried
 from upcycle.checkpoints.licenses import license_record

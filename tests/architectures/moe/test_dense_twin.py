@@ -37,12 +37,18 @@ FAMILY = {
     "lfm2_moe": "lfm2",
     "dots1": "qwen3",
     "solar_open": "llama",
+    "deepseek_v3": "youtu",
+    "ernie4_5_moe": "ernie4_5",
 }
 NONE = {
     "olmoe": "no dense architecture known here has the block of this 'olmoe' model",
     "mellum": "'rope_parameters' differ per layer type",
     "glm4_moe": "'partial_rotary_factor' is 0.5",  # and of glm, which rotates parts, too, gate and up are one tensor
     "glm4_moe-sigmoid": "'partial_rotary_factor' is 0.5",
+    **{
+        name: f"no dense architecture known here has the block of this '{name}' model"
+        for name in ("deepseek_v2", "glm4_moe_lite", "exaone_moe", "minimax_m2")
+    },
 }
 
 

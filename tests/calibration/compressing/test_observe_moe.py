@@ -13,11 +13,11 @@ import torch
 from moe_oracle import block_of, is_sigmoid, layers_of, some_windows, stock, watch
 from pico_models import PICO_MOE
 
-from upcycle.architectures.stored_moe import MOES
+from upcycle.architectures.moe_families import MOES
 from upcycle.calibration.compressing import moe_walk, observe_moe
 from upcycle.calibration.compressing.observe_moe import observe_layers, sampled_tokens
 from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
-from upcycle.errors import CheckpointError
+from upcycle.errors import CheckpointError, RefusalError
 from upcycle.methods.compressing.observations import Observations
 from upcycle.methods.compressing.observations_file import OBSERVED
 from upcycle.methods.compressing.observed_layer import LayerObservations
@@ -111,6 +111,14 @@ def shared_numbers(model: Any, index: int, seen: Any, windows: torch.Tensor) -> 
     gate_up = tensors[0].chunk(2) if len(tensors) == 2 else tensors[:2]
     hidden = torch.nn.functional.silu(seen.x @ gate_up[0].T) * (seen.x @ gate_up[1].T)
     return {"shared": (weight * hidden).square().sum(0), "shared_weight": weight.sum()[None]}
+
+
+def test_a_router_that_cannot_be_read_is_refused(pico_moe: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moe_walk, "find_routers", lambda _: [])
+    with pytest.raises(
+        RefusalError, match="layer 0: what the router of this 'mixtral' model does is none of the rules"
+    ):
+        observed(pico_moe("mixtral"), some_windows())
 
 
 def test_cosines_of_streams_are_those_of_the_stock_model(pico_moe: Models, monkeypatch: pytest.MonkeyPatch) -> None:

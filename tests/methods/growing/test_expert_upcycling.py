@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import upcycle
-from upcycle.architectures.stored_moe import MOES
+from upcycle.architectures.moe_families import MOES
 from upcycle.errors import RefusalError, UsageError
 from upcycle.methods.growing.expert_upcycling import ExpertUpcycling, ExpertUpcyclingParameters
 
@@ -76,7 +76,9 @@ def test_as_many_slots_as_copies_keep_the_function(name: str, fused: bool, pico_
     keys = {"method": "expert_upcycling", "experts": 12, "top_k": 6, "parameters": {"noise": 0.0}}
     result = upcycle.convert(str(pico_moe(name, fused)), tmp_path / "out", **keys, **QUICK).verification
     assert result is not None
-    if name.endswith("-sigmoid"):  # not normalised: everything counts three times
+    if (
+        name.endswith("-sigmoid") or name == "ernie4_5_moe"
+    ):  # not normalised: all counts three times; a bias on shares, too
         assert result.verdict == "approximate"
         assert result.relative_logit_error > 1e-2
     else:

@@ -170,7 +170,8 @@ def _block(model: MoeModel, twin: DenseTwin, layer: int, cut: LayerCut, names: M
     )
     found: dict[str, Origin] = {f"{prefix}.router.weight": ExpertRows(names["router"], taken=cut.rows)}
     if "bias" in names:
-        found[f"{prefix}.router.e_score_correction_bias"] = ExpertRows(names["bias"], taken=cut.rows)
+        flat: Any = "vector" if model.is_flat(names["bias"]) else ""
+        found[f"{prefix}.router.e_score_correction_bias"] = ExpertRows(names["bias"], taken=cut.rows, flat=flat)
     if cut.ranks:
         up, down = (sum(ranks) for ranks in zip(*cut.ranks, strict=True))
         width = model.expert_width

@@ -154,6 +154,9 @@ class _ExtendedLayers:
         for name, whole in self._before.layers[index].state_dict().items():
             if whole.shape == wanted[name].shape:
                 continue
+            if len(whole) == 1:  # a bias behind a dimension of size 1
+                found[name] = torch.cat([whole, whole.new_zeros(1, 1)], 1)
+                continue
             if ".experts." not in f".{name}":
                 last = torch.zeros_like(whole[0])
             elif name.endswith("down_proj"):
@@ -168,7 +171,8 @@ class _ExtendedLayers:
         wanted = self._before.layers[index].state_dict()
         for name, whole in self._layers[index].state_dict().items():
             if whole.shape != wanted[name].shape and ".experts." not in f".{name}":
-                whole[-1] = bias if whole.dim() == 1 else row
+                flat = whole.view(-1) if len(whole) == 1 else whole
+                flat[-1] = bias if flat.dim() == 1 else row
 
     def drop(self, index: int) -> None:
         """See :class:`upcycle.models.stock_layers.Layers`."""

@@ -13,7 +13,7 @@ import torch
 
 from upcycle.calibration.compressing.experts_in_files import layers_with_experts_in_files
 from upcycle.calibration.compressing.moe_walk import ExpertRun, MoeWalk, Routed
-from upcycle.errors import CheckpointError
+from upcycle.errors import CheckpointError, RefusalError
 from upcycle.files.atomic_files import write_whole
 from upcycle.methods.compressing.observations import (
     MOST_GRAM,
@@ -64,11 +64,17 @@ def observe_layers(
         path: the file, which appears complete or not at all.
 
     Raises:
+        RefusalError: a layer's router cannot be read.
         CheckpointError: the states are not finite, or the MoE's files changed meanwhile.
     """
     walk = MoeWalk(layers_with_experts_in_files(checkpoint, dtype), windows.shape[1])
     tensors = (len(OBSERVED) * len(walk.places)) + 1
     model = checkpoint.model
+    if unread := sorted(set(model.moe_layers) - set(walk.places)):
+        raise RefusalError(
+            f"layer {unread[0]}: what the router of this '{model.family.name}' model does is none of the rules known here",
+            hint="methods without observations, such as layer_drop, do not ask for it",
+        )
     about = Observations({}, checkpoint.fingerprint, model.top_k, text, torch.zeros(0)).about_file()
 
     def write(partial: Path) -> None:

@@ -220,7 +220,7 @@ def _cut_tensor(name: str, whole: torch.Tensor, shape: torch.Size, cut: LayerCut
     if whole.shape == shape and not (of_experts and cut.merges):
         return whole
     if not of_experts:
-        return whole[list(cut.rows)].clone()
+        return (whole[:, list(cut.rows)] if len(whole) == 1 else whole[list(cut.rows)]).clone()
     part = "down" if name.endswith("down_proj") else "gate_up"  # where d is 2 F, both have one shape
     made = torch.stack([sum_of_terms(terms, part, whole.__getitem__) for terms in cut.experts])
     made = made * cut.scale if part == "down" and cut.scale != 1 else made

@@ -15,8 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
+from upcycle.architectures.moe_families import MOES
 from upcycle.architectures.stock import load_tokenizer
-from upcycle.architectures.stored_moe import MOES
 from upcycle.calibration.compressing.observe_file import observe
 from upcycle.calibration.compressing.observe_moe import gram_shape, sampled_tokens
 from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint

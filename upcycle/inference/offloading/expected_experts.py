@@ -60,10 +60,9 @@ def _readable(model: Any) -> Any:
 def _logits(place: RouterPlace, state: torch.Tensor) -> torch.Tensor | None:
     """Return a router's logits ``[T, E]``, without its hooks: who watches routers must not see guesses."""
     run = type(place.router).forward
-    # One class hands its router the bias on the choice, which it keeps beside it.
-    named = (
-        {"expert_bias": selection_bias(place.block, place.router)} if "expert_bias" in signature(run).parameters else {}
-    )
+    # Some classes hand their routers the bias on the choice, which they keep beside them.
+    asked = {"expert_bias", "e_score_correction_bias"} & set(signature(run).parameters)
+    named = dict.fromkeys(asked, selection_bias(place.block, place.router))
     output = run(place.router, state, **named)
     first = output[0] if isinstance(output, tuple) else output
     return first if isinstance(first, torch.Tensor) and first.is_floating_point() else None

@@ -139,6 +139,11 @@ class ExpertUpcycling(Growth):
         if same != model.top_k:
             as_if = f", as in the source with top-{same}" if same else ""
             return "approximate", f"copies of one expert share the {top_k} slots{as_if}"
+        if times > 1 and not model.sigmoid and model.biased:
+            return (
+                "approximate",
+                "routers add a bias to scores that copies share: it counts more beside what each has left",
+            )
         if self.parameters.noise:
             return (
                 "approximate",

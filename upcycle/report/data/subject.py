@@ -8,7 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from upcycle.architectures.stored_moe import MOES, MoeModel
+from upcycle.architectures.moe_families import MOES
+from upcycle.architectures.stored_moe import MoeModel
 from upcycle.architectures.usual_keys import usual_keys
 from upcycle.errors import UpcycleError, UsageError
 from upcycle.files import records
