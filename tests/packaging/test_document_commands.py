@@ -92,7 +92,6 @@ NOT_RUN = {
     "--tasks arc_easy": "needs the hub's data sets",
     "qwen3-0.6b": "downloads that model: tests/recipe/test_model_recipes.py plans and prints its recipes",
     "deepspeed --num_gpus": "needs four ranks, as torchrun does",
-    "causal_choice_demo.py": "a benchmark of minutes: tests/trainers and tests/contracts run what it trains",
     "torchrun": "needs four ranks: tests/trainers/run/test_launchers.py starts them",
     "upcycle push": "needs the hub: tests/cli/verbs/test_push.py and tests/publishing/test_push.py push to one on the loopback",
     "export --gguf": "needs llama-quantize: tests/publishing/test_gguf.py has a stand-in",

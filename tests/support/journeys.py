@@ -80,7 +80,7 @@ class Journey:
         )
         assert printed.status == 0, f"{command} ended with {printed.status}:\n{text}"
         self.seen += f"\n{text}\n"
-        self.transcript += ["```console", f"$ {command}", text, "```"]
+        self.transcript += ["```text", f"$ {command}", text, "```"]
         return text
 
 

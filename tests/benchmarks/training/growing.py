@@ -142,7 +142,7 @@ def main() -> int:
     )
     print(text)
     if options.out:
-        write_page(options.out, "Growing the demo model", "growing.py", text)
+        write_page(options.out, "Growing the demo model", "training/growing.py", text)
     if options.plot:
         named = {ARMS[arm]: seeds for arm, seeds in curves.items()}
         plot(options.plot, "The demo model on new text: mean and range of the seeds", (*KINDS, None), named)

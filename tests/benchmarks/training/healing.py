@@ -255,7 +255,7 @@ def main() -> None:
     text = "\n".join(parts)
     print(text)
     if options.out:
-        write_page(options.out, "Healing the demo model", "healing.py", text)
+        write_page(options.out, "Healing the demo model", "training/healing.py", text)
 
 
 if __name__ == "__main__":

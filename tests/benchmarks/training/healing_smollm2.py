@@ -104,7 +104,7 @@ def main() -> None:
     text = "\n".join(lines) + "\n"
     print(text)
     if options.out:
-        write_page(options.out, "Healing SmolLM2-135M", "healing_smollm2.py", text)
+        write_page(options.out, "Healing SmolLM2-135M", "training/healing_smollm2.py", text)
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def main() -> int:
     text = "\n".join(lines) + "\n"
     print(text)
     if options.out:
-        write_page(options.out, "Masked growth of the demo model", "masked_growing.py", text)
+        write_page(options.out, "Masked growth of the demo model", "training/masked_growing.py", text)
     print(f"every growth begins as the dense model, and masks end lower: {'PASS' if good else 'FAIL'}")
     return int(not good)
 

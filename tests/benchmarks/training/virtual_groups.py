@@ -83,7 +83,7 @@ def main() -> int:
     )
     print(text)
     if options.out:
-        write_page(options.out, "Virtual groups on the demo model", "virtual_groups.py", text)
+        write_page(options.out, "Virtual groups on the demo model", "training/virtual_groups.py", text)
     return 0
 
 
