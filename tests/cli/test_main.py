@@ -18,7 +18,7 @@ import upcycle
 from upcycle.cli.main import VERBS, cli, main
 from upcycle.cli.shared import options
 from upcycle.cli.verbs import demo
-from upcycle.errors import UsageError
+from upcycle.errors import EnvironmentFault, UsageError
 from upcycle.models.own.routing.rules import RULES
 from upcycle.recipe.conversion_recipe import Recipe
 
@@ -276,3 +276,16 @@ def test_a_growth_step_says_what_it_did_and_what_comes_next(
     assert f"upcycleconvert{deep}MOE--experts8--top-k2" in folded
     grown = run("convert", moe, str(tmp_path / "more"), "--method", "expert_upcycling", *quick)
     assert f"upcycleevaluate{tmp_path / 'more'}--reference{moe}" in "".join(grown.output.split())
+
+
+def test_a_lack_of_memory_is_no_bug(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(cli, "main", fail)
+    with pytest.raises(SystemExit) as ended:
+        main(["list"])
+    assert ended.value.code == EnvironmentFault.exit_code
+    said = capsys.readouterr().err
+    assert "error: out of memory" in said
+    assert "bug" not in said

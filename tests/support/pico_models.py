@@ -299,4 +299,8 @@ PICO_MOE: dict[str, tuple[str, dict[str, Any]]] = {
         "ernie4_5_moe",
         {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_start_index": 0},
     ),
+    "ernie4_5_moe-alone": (
+        "ernie4_5_moe",
+        {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 0, "moe_layer_start_index": 0},
+    ),
 }

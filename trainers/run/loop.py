@@ -44,6 +44,7 @@ from upcycle.trainers.recipe.training_recipe import TrainRecipe, parse_train_rec
 from upcycle.trainers.routing.stock_routers import moe_layers
 from upcycle.trainers.run.alarms import NanPolicy, expert_similarity
 from upcycle.trainers.run.continuation import Change, accepted_changes, consequence, run_identity
+from upcycle.trainers.run.out_of_memory import lowered_by_keys
 from upcycle.trainers.run.reference_losses import reference_losses, reference_parent
 from upcycle.trainers.run.run_folder import (
     check_run_folder,
@@ -113,7 +114,11 @@ def train(
     elif not isinstance(recipe, TrainRecipe):
         recipe = parse_train_recipe(dict(recipe), "recipe")
     first_says = say if first_rank() else _silent
-    with StopSignals(first_says) as signals, process_group(recipe.timeout) as ranks:
+    with (
+        StopSignals(first_says) as signals,
+        process_group(recipe.timeout) as ranks,
+        lowered_by_keys(recipe, ranks),
+    ):
         return _Run(recipe, ranks, first_says, restart, signals).run()
 
 

@@ -32,12 +32,12 @@ from upcycle.errors import CheckpointError, EnvironmentFault, UpcycleError, Usag
 from upcycle.files.formats.parsing import parse_json
 from upcycle.files.formats.tensor_files import read_config
 from upcycle.files.formats.tensor_names import is_block_fp8
+from upcycle.hardware.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
-_OUT_OF_MEMORY = ("allocate memory", "out of memory")
 # Settings of FP8 weights that say what they are. Others could lead transformers to kernels of somebody's repository.
 _FP8_SETTINGS = ("quant_method", "weight_block_size", "activation_scheme", "modules_to_not_convert", "ignored_layers")
 TOKENIZER_FILES = (
@@ -370,7 +370,7 @@ def _explained(what: str) -> Iterator[None]:
     except (UpcycleError, MemoryError):
         raise
     except Exception as error:  # the stock classes raise errors of many kinds
-        if any(words in str(error).lower() for words in _OUT_OF_MEMORY):
+        if is_out_of_memory(error):
             raise EnvironmentFault(
                 f"{what}: it does not fit in memory", hint="use a machine with more memory"
             ) from None

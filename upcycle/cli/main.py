@@ -20,8 +20,9 @@ from upcycle.cli.shared.output import (
     print_traceback,
 )
 from upcycle.cli.shared.usage_errors import usage_error
-from upcycle.errors import UpcycleError, UsageError
+from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
 from upcycle.hardware.child_processes import SAFE_PATH_VARIABLE
+from upcycle.hardware.memory import is_out_of_memory
 from upcycle.trainers.distributed.signals import INTERRUPTED, interrupting
 from upcycle.trainers.distributed.told_once import first_to_tell
 from upcycle.version import __version__
@@ -184,12 +185,20 @@ def _run(arguments: list[str], debug: bool) -> int:
     except Exception as error:
         if debug:
             print_traceback(error)
-        name = type(error).__name__
-        fault = UpcycleError(
-            f"{name}: {error}",
-            hint="this is a bug in upcycle: please report it, with the output of --debug and of upcycle env",
+        return _failed(_unforeseen(error), arguments)
+
+
+def _unforeseen(error: Exception) -> UpcycleError:
+    """Return what to tell of an error that no module has explained."""
+    said = str(error).strip()
+    if is_out_of_memory(error):
+        return EnvironmentFault(
+            f"out of memory{': ' * bool(said)}{said.partition(chr(10))[0]}",
+            hint="upcycle plan says what a conversion needs, upcycle plan train what a run does; what was stopped goes on by the same "
+            "command where more memory is free",
         )
-        return _failed(fault, arguments)
+    hint = "this is a bug in upcycle: please report it, with the output of --debug and of upcycle env"
+    return UpcycleError(f"{type(error).__name__}: {said}", hint=hint)
 
 
 def _failed(error: UpcycleError, arguments: list[str]) -> int:

@@ -74,6 +74,12 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that the host or a device has no memory left."""
+    texts = ("allocate memory", "out of memory", "does not fit in memory")
+    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in texts)
+
+
 def available_memory() -> int:
     """Bytes that can be used without swapping."""
     import psutil

@@ -39,6 +39,7 @@ FAMILY = {
     "solar_open": "llama",
     "deepseek_v3": "youtu",
     "ernie4_5_moe": "ernie4_5",
+    "ernie4_5_moe-alone": "ernie4_5",
 }
 NONE = {
     "olmoe": "no dense architecture known here has the block of this 'olmoe' model",

@@ -101,7 +101,7 @@ class Ended:
         """For the table."""
         if not self.code:
             return "trained"
-        return "out of memory" if "allocate memory" in self.said or "MemoryError" in self.said else "failed otherwise"
+        return "out of memory" if "out of memory" in self.said else "failed otherwise"
 
 
 def train(model: Path, work: Path, cap: int, ranks: int, zero: int, what: str) -> Ended:
@@ -168,8 +168,8 @@ def _watch(pid: int, done: threading.Event, peaks: list[int]) -> None:
 def main() -> int:
     """Print the table; returns 1 if a run ended otherwise than it should, or with other losses."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--gigabytes", type=float, default=1.6, help="of the weights of which routers train, in fp32")
-    parser.add_argument("--all", type=float, default=0.3, help="gigabytes of those that all train")
+    parser.add_argument("--gigabytes", type=float, default=3.0, help="of the weights of which routers train, in fp32")
+    parser.add_argument("--all", type=float, default=0.6, help="gigabytes of those that all train")
     parser.add_argument("--share", type=float, default=0.95, help="of the training state that a rank may allocate")
     parser.add_argument("--out", type=Path)
     told = parser.parse_args()

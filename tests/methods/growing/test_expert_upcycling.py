@@ -76,8 +76,8 @@ def test_as_many_slots_as_copies_keep_the_function(name: str, fused: bool, pico_
     keys = {"method": "expert_upcycling", "experts": 12, "top_k": 6, "parameters": {"noise": 0.0}}
     result = upcycle.convert(str(pico_moe(name, fused)), tmp_path / "out", **keys, **QUICK).verification
     assert result is not None
-    if (
-        name.endswith("-sigmoid") or name == "ernie4_5_moe"
+    if name.endswith("-sigmoid") or name.startswith(
+        "ernie"
     ):  # not normalised: all counts three times; a bias on shares, too
         assert result.verdict == "approximate"
         assert result.relative_logit_error > 1e-2

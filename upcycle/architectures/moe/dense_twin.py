@@ -39,6 +39,7 @@ _OF_EXPERTS = frozenset(
         "n_routed_experts",
         "n_shared_experts",
         "num_shared_experts",
+        "moe_num_shared_experts",
         "num_experts_per_tok",
         "moe_topk",
         "norm_topk_prob",
