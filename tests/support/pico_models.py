@@ -294,6 +294,16 @@ PICO_MOE: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "glm4_moe_lite": ("glm4_moe_lite", {**_SIGMOID, **_LATENT}),
     "exaone_moe": ("exaone_moe", {**_SIGMOID, "num_experts": 4, "num_shared_experts": 1, "first_k_dense_replace": 0}),
+    "qwen3_next": (
+        "qwen3_next",
+        {
+            "num_experts": 4,
+            "norm_topk_prob": True,
+            "shared_expert_intermediate_size": 24,
+            "layer_types": ["linear_attention", "full_attention"],
+            **_DELTA_NET,
+        },
+    ),
     "minimax_m2": ("minimax_m2", {"num_local_experts": 4, "intermediate_size": 16}),
     "ernie4_5_moe": (
         "ernie4_5_moe",

@@ -45,6 +45,7 @@ _LISTED = (
     MoeFamily("mixtral", "num_local_experts", renames=(_OLD_BLOCK,)),
     MoeFamily("qwen2_moe"),
     MoeFamily("qwen3_moe"),
+    MoeFamily("qwen3_next"),
     MoeFamily("qwen3_5_moe_text"),
     MoeFamily("olmoe"),
     MoeFamily("flex_olmo"),

@@ -48,7 +48,7 @@ NONE = {
     "glm4_moe-sigmoid": "'partial_rotary_factor' is 0.5",
     **{
         name: f"no dense architecture known here has the block of this '{name}' model"
-        for name in ("deepseek_v2", "glm4_moe_lite", "exaone_moe", "minimax_m2")
+        for name in ("deepseek_v2", "glm4_moe_lite", "exaone_moe", "minimax_m2", "qwen3_next")
     },
 }
 

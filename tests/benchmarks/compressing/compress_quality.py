@@ -31,12 +31,14 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[i] / "support") for i in (1, 2)]
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
 
 import torch
 from domains import DOMAINS, FOREIGN, texts
 from measure import Row, report
 from small_moe import TOKENS, small_moe
 from torch.nn.functional import cross_entropy
+from training_curves import command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import upcycle
@@ -258,7 +260,10 @@ def main() -> int:
         about = f"Of {options.model or model.name}: " + ", ".join(
             f"{name} {value:.2f}" for name, value in dense.items()
         )
-        options.out.write_text(f"{about}; perplexities of the uncut model.\n\n{page}", encoding="utf-8")
+        made_by = command("compressing/compress_quality.py", sys.argv[1:])
+        title = f"# What compressions of {options.model or 'a trained MoE'} lose"
+        head = f"{title}\n\n{about}; perplexities of the uncut model. By `{made_by}`."
+        options.out.write_text(f"{head}\n\n{page}", encoding="utf-8")
     return code
 
 

@@ -33,7 +33,7 @@ from upcycle.trainers.run.loop import train
 from upcycle.trainers.run.step_reports import read_log
 from upcycle.trainers.run.validation import validate
 
-_PLACES = ("--work", "--out", "--plot", "--jobs")
+_PLACES = ("--work", "--out", "--plot", "--jobs", "--rows")
 PIECE = 800  # characters of held-out text, about a row of 256 tokens
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")
 

@@ -29,6 +29,7 @@ LAYERS = 7
 RULES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"mlp_only_layers": [0, 3], "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 4},
     "qwen3_moe": {"decoder_sparse_step": 2},
+    "qwen3_next": {"layer_types": ["linear_attention"] * 3 + ["full_attention"] + ["linear_attention"] * 3},
     "qwen3_5_moe_text": {"layer_types": None, "full_attention_interval": 3},
     "cohere2_moe": {"layer_types": None, "sliding_window_pattern": 3, "first_k_dense_replace": 2},
     "cohere2_moe-sigmoid": {"layer_types": (["sliding_attention"] * 2 + ["full_attention"]) * 2 + ["full_attention"]},
