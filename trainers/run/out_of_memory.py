@@ -11,7 +11,7 @@ from upcycle.hardware.memory import is_out_of_memory
 from upcycle.trainers.distributed.ranks import Ranks
 from upcycle.trainers.recipe.training_recipe import TrainRecipe
 
-MOST = 3  # keys that are named
+KEYS_NAMED = 3  # keys that are named
 WORTH = 0.98  # of what is needed, at most, for a key to be named
 _WITHOUT_A_PLAN = (
     "a smaller micro_batch or length, activation_checkpointing: true, or zero: {stage: 3} on more ranks needs less"
@@ -32,10 +32,12 @@ def lowered_by_keys(recipe: TrainRecipe, ranks: Ranks) -> Iterator[None]:
             raise
         said = str(error).strip().splitlines() or [type(error).__name__]
         rank = f"rank {ranks.rank} of {ranks.world_size}" if ranks.world_size > 1 else "the run"
-        raise EnvironmentFault(f"{rank} is out of memory: {said[0]}", hint=advice(recipe, ranks.world_size)) from error
+        raise EnvironmentFault(
+            f"{rank} is out of memory: {said[0]}", hint=keys_that_need_less(recipe, ranks.world_size)
+        ) from error
 
 
-def advice(recipe: TrainRecipe, world_size: int) -> str:
+def keys_that_need_less(recipe: TrainRecipe, world_size: int) -> str:
     """A sentence that names the keys by which the plan's estimate of a rank's peak falls most, those of least consequence first.
 
     Args:
@@ -47,7 +49,7 @@ def advice(recipe: TrainRecipe, world_size: int) -> str:
         found = {text: _planned(changed, world_size) for text, changed in lighter(recipe, world_size).items()}
     except Exception:  # there may be no memory for a plan, either; or no plan, of models of parts
         return _WITHOUT_A_PLAN
-    worth = [f"{text} ({size / 1e9:.2f} GB)" for text, size in found.items() if size < WORTH * needed][:MOST]
+    worth = [f"{text} ({size / 1e9:.2f} GB)" for text, size in found.items() if size < WORTH * needed][:KEYS_NAMED]
     if not worth:
         return f"the plan says {needed / 1e9:.2f} GB per rank: more ranks with zero: {{stage: 3}}, or a device with more memory"
     return f"the plan says {needed / 1e9:.2f} GB per rank; less with {', or '.join(worth)}"

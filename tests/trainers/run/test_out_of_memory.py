@@ -13,7 +13,7 @@ from training_runs import recipe_for, run
 
 from upcycle.errors import EnvironmentFault
 from upcycle.trainers.run import out_of_memory
-from upcycle.trainers.run.out_of_memory import advice, lighter
+from upcycle.trainers.run.out_of_memory import keys_that_need_less, lighter
 from upcycle.trainers.run.step import Stepper
 
 Model = Callable[[str], Path]
@@ -39,10 +39,10 @@ def test_the_run_names_keys_that_lower_the_need(
 
 def test_what_is_named_needs_less_and_by_the_plan(pico_moe: Model, tmp_path: Path) -> None:
     recipe = recipe_for(pico_moe("mixtral"), tmp_path / "run", micro_batch=4, global_batch=8, length=256)
-    needed, *others = (float(number) for number in re.findall(r"([\d.]+) GB", advice(recipe, 1)))
-    assert 0 < len(others) <= out_of_memory.MOST
+    needed, *others = (float(number) for number in re.findall(r"([\d.]+) GB", keys_that_need_less(recipe, 1)))
+    assert 0 < len(others) <= out_of_memory.KEYS_NAMED
     assert all(other <= needed for other in others)
-    assert "per rank" in advice(recipe, 2)
+    assert "per rank" in keys_that_need_less(recipe, 2)
     assert {"micro_batch: 2", "activation_checkpointing: true", "length: 128"} <= set(lighter(recipe, 1))
     assert "zero: {stage: 3}" in lighter(recipe, 2)
 
@@ -54,7 +54,7 @@ def test_without_a_plan_keys_are_named_all_the_same(
         raise MemoryError
 
     monkeypatch.setattr(out_of_memory, "_planned", planned)
-    assert "activation_checkpointing: true" in advice(recipe_for(pico_moe("mixtral"), tmp_path / "run"), 1)
+    assert "activation_checkpointing: true" in keys_that_need_less(recipe_for(pico_moe("mixtral"), tmp_path / "run"), 1)
 
 
 def test_other_errors_are_what_they_are(pico_moe: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
