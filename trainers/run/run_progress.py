@@ -65,6 +65,8 @@ class RunProgress:
             f"{trained:,} weights train ({', '.join(stage.stage_recipe.train)}), {self.world_size} "
             f"rank{'s' * (self.world_size > 1)} x {stage.passes} pass{'es' * (stage.passes > 1)}{more}"
         )
+        if stage.spared:
+            self.say(stage.spared)
 
     def count_step(self, result: StepResult) -> None:
         """Count a step, applied or not."""

@@ -124,9 +124,8 @@ class Stage:
             give_inputs_gradients(moe_layers(self.model))
         if layers is not None:
             divide_weights(layers, deepspeed_config(recipe, self.model, ranks.world_size), ranks)
-        self.router_factor, lost = self._router_rate(
-            origin, saved.state.get("router_factor") if saved and resumed else None
-        )
+        begun = saved.state.get("router_factor") if saved and resumed else None
+        self.router_factor, self.spared, lost = self._router_rate(origin, begun)
         read = unread_warning(self.model), untaught_warning(self.model), adapted
         self.warnings = [
             text for text in (frozen_parts(self.model), leak, lost, self.stepper.control.unexported, *read) if text
@@ -189,7 +188,7 @@ class Stage:
         del self.engine, self.tensors, self.model, self.stepper
         gc.collect()
 
-    def _router_rate(self, origin: Path, begun: float | None) -> tuple[float | None, str | None]:
+    def _router_rate(self, origin: Path, begun: float | None) -> tuple[float | None, str | None, str | None]:
         """Spare routers that the conversion taught, unless the stage says how fast they train or trains nothing else.
 
         This is about AdamW, whose steps are as large as the learning rate; SGD's shrink with the gradient.
@@ -199,16 +198,18 @@ class Stage:
             begun: the factor that the stage began with, if a checkpoint in it says so: routers have grown since.
 
         Returns:
-            The factor on the routers' learning rate, if the recipe does not say it, and a sentence on it.
+            The factor on the routers' learning rate, if the recipe does not say it; a sentence on it; and a warning where what the
+            recipe says undoes them.
         """
         if self.recipe.optimizer.name == "sgd":
-            return None, None
+            return None, None, None
         fitted = fitted_routers(self.model, self.rates, origin)
         if "router" in self.stage_recipe.rates or set(self.trained.values()) == {"router"}:
-            return None, fitted.warning(self.rates.learning_rate * self.rates.router) if fitted else None
+            lost = fitted.warning(self.rates.learning_rate * self.rates.router) if fitted else None
+            return None, None, lost
         factor = begun or (fitted.factor if fitted else 1.0)
         self.rates = self.rates.model_copy(update={"router": factor})
-        return factor, fitted.spared if fitted else None
+        return factor, fitted.spared if fitted else None, None
 
     def _check_control(self, divided: bool) -> None:
         """Refuse a control of routers that are replaced, or of experts whose weights are on other ranks."""
