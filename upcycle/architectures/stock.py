@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -324,14 +325,18 @@ def view(path: Path, weights: bool = False, tokenizer: bool = False) -> Iterator
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Keep transformers' own progress bars and advice off the terminal inside the ``with`` block."""
+    from transformers import modeling_gguf_pytorch_utils
     from transformers.utils import logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    gguf: Any = modeling_gguf_pytorch_utils  # its bar is tqdm's own, which asks nobody
+    verbosity, bars, bar = logging.get_verbosity(), logging.is_progress_bar_enabled(), gguf.tqdm
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    gguf.tqdm = partial(bar, disable=True)
     try:
         yield
     finally:
+        gguf.tqdm = bar
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()

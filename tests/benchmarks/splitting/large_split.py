@@ -39,6 +39,9 @@ def main() -> int:
         "--layers", type=int, default=32, help="fewer make a smaller model, to try it out (default: 32)"
     )
     parser.add_argument("--rounds", type=int, default=3, help="measured runs of each side (default: 3)")
+    parser.add_argument(
+        "--target", default="auto", help="such as upcycle_moe, the dense model's own class (default: auto)"
+    )
     parser.add_argument("--keep", action="store_true", help="keep the dense checkpoint")
     parser.add_argument("--plain-copy", type=Path, nargs=2, help=argparse.SUPPRESS)  # what the child does
     arguments = parser.parse_args()
@@ -48,19 +51,20 @@ def main() -> int:
     work = (arguments.work or cache_folder() / "benchmarks").absolute()
     work.mkdir(parents=True, exist_ok=True)
     dense = work / f"dense-{arguments.layers}"
+    recipe = [*_RECIPE, "--target", arguments.target]
     if not dense.exists():
         make_dense(dense, arguments.layers)
 
     def by_upcycle() -> Cost:
         with tempfile.TemporaryDirectory(dir=work) as folder:
-            return run([UPCYCLE, "convert", dense, Path(folder) / "out", *_RECIPE, "--no-verify", "--quiet"])
+            return run([UPCYCLE, "convert", dense, Path(folder) / "out", *recipe, "--no-verify", "--quiet"])
 
     def by_copying() -> Cost:
         with tempfile.TemporaryDirectory(dir=work) as folder:
             return run([sys.executable, Path(__file__).resolve(), "--plain-copy", dense, Path(folder) / "out"])
 
     try:
-        planned = subprocess.run([UPCYCLE, "plan", dense, *_RECIPE, "--json"], check=True, stdout=subprocess.PIPE)
+        planned = subprocess.run([UPCYCLE, "plan", dense, *recipe, "--json"], check=True, stdout=subprocess.PIPE)
         plan = json.loads(planned.stdout)
         copied = sum(file.stat().st_size for file in dense.glob("*.safetensors"))
         costs = alternate(arguments.rounds, by_upcycle, by_copying)
