@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
 
@@ -255,6 +256,10 @@ def find(kind: str, name: str) -> Any | None:
 def suggestion(name: str, available: Any) -> str:
     """Return a hint with the name in ``available`` that the user may have meant, and all names."""
     known = sorted(available)
-    close = difflib.get_close_matches(name, known, n=1)
-    meant = f"did you mean '{close[0]}'? " if close else ""
-    return f"{meant}available: {', '.join(known)}"
+    return f"{did_you_mean(name, known)}available: {', '.join(known)}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a question after the name in ``known`` that is most alike, with a space behind it; empty where none is."""
+    close = difflib.get_close_matches(name, [*known], n=1)
+    return f"did you mean '{close[0]}'? " if close else ""

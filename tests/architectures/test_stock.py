@@ -23,7 +23,6 @@ from upcycle.architectures.stock import (
     empty_model,
     load_stock_model,
     load_tokenizer,
-    quiet_transformers,
     view,
 )
 from upcycle.cli.main import VERBS, cli
@@ -391,13 +390,3 @@ def test_no_verb_runs_what_a_folder_names(
             continue  # poisoned since
         for path in (tmp_path / name).glob("*.json"):
             assert not _NAMED.search(path.read_text()), path
-
-
-def test_no_bar_of_transformers_is_drawn_while_gguf_is_read() -> None:
-    from transformers import modeling_gguf_pytorch_utils
-
-    utils: Any = modeling_gguf_pytorch_utils
-    before = utils.tqdm
-    with quiet_transformers():
-        assert utils.tqdm([1]).disable
-    assert utils.tqdm is before

@@ -377,30 +377,3 @@ def test_the_readme_counts_what_is_registered() -> None:
         (len(described), "more, such as GPT-2"),
     ):
         assert f"{number} {words}" in " ".join(README.split())
-
-
-def test_the_guide_to_compressing_names_every_architecture() -> None:
-    from upcycle.architectures.moe_families import MOES
-
-    guide = (ROOT / "docs" / "guides" / "compressing.md").read_text(encoding="utf-8")
-    listed = guide.partition("Models are the stock ones")[2].partition("Left out")[0]
-    assert re.findall(r"`(\w+)`", listed) == list(MOES)
-
-
-def test_the_guide_to_compressing_has_the_numbers_of_the_page() -> None:
-    def rows(name: str) -> list[list[str]]:
-        lines = (ROOT / "docs" / name).read_text(encoding="utf-8").splitlines()
-        return [
-            [cell.strip(" `") for cell in line.strip("|").split("|")]
-            for line in lines
-            if re.match(r"\| \d\d% \|", line)
-        ]
-
-    def key(row: list[str]) -> tuple[str, ...]:
-        method = row[1].replace("REAP as published", "reap")
-        return row[0], method, row[2].replace("-", "none"), row[3], row[4]
-
-    page = {key(row): row[6] for row in rows("measured/compress_small_moe.md")}
-    guide = [row for row in rows("guides/compressing.md") if len(row) == 6]
-    assert len(guide) == 10
-    assert {key(row): row[5] for row in guide}.items() <= page.items()

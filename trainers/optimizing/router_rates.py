@@ -39,11 +39,10 @@ class FittedRouters:
     learning_rate: float
     factor: float
 
-    @property
-    def spared(self) -> str:
-        """A sentence for who has said nothing about routers, and gets the factor."""
+    def spared(self, factor: float) -> str:
+        """A sentence for who has said nothing about routers, and gets ``factor``, that of the stage's beginning."""
         return (
-            f"routers ('{self.router}', weights of about {self.size:.1g}) train at {self.factor:g} of the learning rate, which would "
+            f"routers ('{self.router}', weights of about {self.size:.1g}) train at {factor:g} of the learning rate, which would "
             "undo what the conversion taught them (the stage's rates: {router: ...} sets another factor)"
         )
 

@@ -179,6 +179,12 @@ def selection_bias(block: nn.Module, router: nn.Module) -> torch.Tensor | None:
     return None
 
 
+def bias_argument(router: nn.Module) -> str | None:
+    """The argument by which a router's ``forward`` is handed that tensor, where its block keeps it (LFM2, MiniMax); ``None``: none."""
+    named = signature(type(router).forward).parameters
+    return next((name for name in ("e_score_correction_bias", "expert_bias") if name in named), None)
+
+
 def _blocks(model: nn.Module) -> list[tuple[int, nn.Module]]:
     """Layer and module of everything that has fused experts ``[E, ...]`` as a child, whatever it is called."""
     found: list[tuple[int, nn.Module]] = []
@@ -282,7 +288,7 @@ def _asked(block: nn.Module, router: nn.Module) -> tuple[nn.Module, RoutingRule]
     """A module with the rule that explains what it gives for random inputs and weights, if it is a router of a known rule.
 
     Transformers' routers give logits ``[T, E]``, weights and experts ``[T, K]``. Every rule is tried on these logits, and must
-    give the same weights of the same experts. Some are given the bias on the choice, which their block has (MiniMax).
+    give the same weights of the same experts.
     """
     matrix = next((weight for weight in router.parameters() if weight.dim() == 2), None)
     top_k = getattr(router, "top_k", None)
@@ -293,9 +299,7 @@ def _asked(block: nn.Module, router: nn.Module) -> tuple[nn.Module, RoutingRule]
     copy = deepcopy(router).float().eval()
     # A plan has no weights, and a run that divides them has none yet: any will do.
     copy = copy.to_empty(device="cpu") if matrix.is_meta else copy.cpu()
-    bias = None
-    if "e_score_correction_bias" in signature(router.forward).parameters:
-        bias = torch.rand(experts, generator=draw)
+    bias = torch.rand(experts, generator=draw) if bias_argument(router) else None
     with torch.no_grad():
         if matrix.is_meta:
             for value in (*copy.parameters(), *copy.buffers()):

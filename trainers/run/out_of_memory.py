@@ -38,7 +38,7 @@ def lowered_by_keys(recipe: TrainRecipe, ranks: Ranks) -> Iterator[None]:
 
 
 def keys_that_need_less(recipe: TrainRecipe, world_size: int) -> str:
-    """A sentence that names the keys by which the plan's estimate of a rank's peak falls most, those of least consequence first.
+    """A sentence that names keys by which the plan's estimate of a rank's peak falls, those of least consequence first.
 
     Args:
         recipe: the run's.
@@ -56,7 +56,7 @@ def keys_that_need_less(recipe: TrainRecipe, world_size: int) -> str:
 
 
 def lighter(recipe: TrainRecipe, world_size: int) -> dict[str, TrainRecipe]:
-    """Recipes of the same run that need less, by what is set in each. Those that change no result come first."""
+    """Recipes that may need less, by the key that is set in each; those by which the run trains the same model come first."""
 
     def zero(**keys: object) -> TrainRecipe:
         return recipe.model_copy(update={"zero": recipe.zero.model_copy(update=keys)})

@@ -209,7 +209,7 @@ class Stage:
             return None, None, lost
         factor = begun or (fitted.factor if fitted else 1.0)
         self.rates = self.rates.model_copy(update={"router": factor})
-        return factor, fitted.spared if fitted else None, None
+        return factor, fitted.spared(factor) if fitted and factor != 1 else None, None
 
     def _check_control(self, divided: bool) -> None:
         """Refuse a control of routers that are replaced, or of experts whose weights are on other ranks."""

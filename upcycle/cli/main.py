@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from difflib import get_close_matches
 from importlib import import_module
 from inspect import cleandoc
 
@@ -23,6 +22,7 @@ from upcycle.cli.shared.usage_errors import usage_error
 from upcycle.errors import EnvironmentFault, UpcycleError, UsageError
 from upcycle.hardware.child_processes import SAFE_PATH_VARIABLE
 from upcycle.hardware.memory import is_out_of_memory
+from upcycle.registry import did_you_mean
 from upcycle.trainers.distributed.signals import INTERRUPTED, interrupting
 from upcycle.trainers.distributed.told_once import first_to_tell
 from upcycle.version import __version__
@@ -98,9 +98,8 @@ class _Verbs(click.Group):
             UsageError: there is no such verb; the hint names the one that was probably meant.
         """
         if args and args[0] not in VERBS and not args[0].startswith("-"):
-            near = get_close_matches(args[0], VERBS, n=1)
-            meant = f"did you mean '{near[0]}'? " if near else ""
-            raise UsageError(f"no such command: {args[0]}", hint=f"{meant}all of them: upcycle --help")
+            hint = f"{did_you_mean(args[0], VERBS)}all of them: upcycle --help"
+            raise UsageError(f"no such command: {args[0]}", hint=hint)
         return super().resolve_command(ctx, args)
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from upcycle.errors import UpcycleError
 from upcycle.files.formats.parsing import parse_json
-from upcycle.hardware.memory import peak_memory
+from upcycle.hardware.memory import is_out_of_memory, peak_memory
 from upcycle.kernels.entry.choose_backend import NAME as KERNELS
 from upcycle.kernels.entry.transformers_blocks import use_kernels
 from upcycle.models.experts import has_experts, run_on_kernels, use_eager_experts, use_experts
@@ -117,7 +117,9 @@ def main() -> None:
             answer(model.run_on_kernels() if parse_json(line, "the request").get("kernels") else model.run())
     except UpcycleError as error:
         answer({"error": type(error).__name__, "message": error.message, "hint": error.hint})
-    except (torch.OutOfMemoryError, MemoryError):
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         answer({"error": "EnvironmentFault", "message": f"{request['name']} does not fit in memory", "hint": None})
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from upcycle.recipe.configs_folder import configs_folder
 from upcycle.recipe.conversion_recipe import read_recipe
 from upcycle.recipe.model_recipes import model_recipes
 from upcycle.recipe.validated import Model, validated
+from upcycle.registry import did_you_mean
 
 Verb = Literal["convert", "train", "grow"]
 RECIPE_VERBS: tuple[Verb, ...] = ("convert", "train", "grow")
@@ -119,13 +119,7 @@ def read_laid_over(
 def recipe_hint(argument: str, verb: Verb) -> str:
     """Return a hint with the shipped recipe that the user may have meant, and all there are."""
     models = "; or one for a model: upcycle list recipes" if verb == "convert" else ""
-    return f"{did_you_mean(argument, verb)}a YAML file, or one of: {', '.join(shipped(verb))}{models}"
-
-
-def did_you_mean(argument: str, *verbs: Verb) -> str:
-    """Return a question whether the user meant the recipe whose name is most alike, with a space behind it; "" where none is alike."""
-    close = difflib.get_close_matches(argument, [name for verb in verbs for name in names_of_recipes(verb)], n=1)
-    return f"did you mean '{close[0]}'? " if close else ""
+    return f"{did_you_mean(argument, names_of_recipes(verb))}a YAML file, or one of: {', '.join(shipped(verb))}{models}"
 
 
 def _shipped(name: str, verb: Verb, argument: str | None = None) -> Path | None:

@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[3]
 SHARES = (0.5, 0.8, 0.9)
 BALANCE = {"switch_balance": {"coefficient": 0.01}}
 DISTILLED = {
-    "CPT + distillation": {"logits": 1.0, "ffn": 1.0, "next_token": 1.0},  # configs/train/heal_distill.yaml
+    "CPT + distillation": {"logits": 1.0, "ffn": 1.0, "next_token": 1.0},
     "distillation alone": {"logits": 1.0, "ffn": 1.0, "next_token": 0.0},
 }
 FITTED_FIRST = "closed form, distillation"
@@ -92,6 +92,12 @@ def convert(kind: str, out: Path, samples: Sequence[Path]) -> Path:
     return out
 
 
+def demo_texts() -> dict[str, list[list[str]]]:
+    """The documents of every domain: those that the demo model was trained on, and those that it was not."""
+    sides = demo_documents()
+    return {domain: [[each.text for each in side if each.domain == domain] for side in sides] for domain in DOMAINS}
+
+
 def sampled(folder: Path, texts: Mapping[str, Sequence[Sequence[str]]]) -> list[Path]:
     """Text to calibrate on, of the side that is trained on: whole documents from all over it, by domain."""
     paths = []
@@ -116,9 +122,8 @@ def stages(run: str, steps: int, rate: float, router: float) -> list[dict[str, A
         "learning_rate": rate,
         "schedule": schedule,
         "losses": BALANCE,
+        "rates": {"router": router},  # said, as routers that were taught are spared otherwise
     }
-    if router != 1:
-        everything["rates"] = {"router": router}
     if run == "CPT":
         return [everything]
     if run in DISTILLED:
@@ -133,9 +138,8 @@ def stages(run: str, steps: int, rate: float, router: float) -> list[dict[str, A
         "steps": first,
         "learning_rate": 3 * rate,
         "losses": BALANCE,
+        "rates": {"router": router},
     }
-    if router != 1:
-        router_only["rates"] = {"router": router}
     schedule = {**schedule, "warmup": max(1, (steps - first) // 10)}
     return [router_only, {**everything, "steps": steps - first, "schedule": schedule}]
 
@@ -211,11 +215,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     work = options.work or Path(tempfile.mkdtemp(prefix="healing-"))
-    training, held_out = demo_documents()
-    texts = {
-        domain: [[each.text for each in side if each.domain == domain] for side in (training, held_out)]
-        for domain in DOMAINS
-    }
+    texts = demo_texts()
     data = write_domains(work / "text", texts)
     samples = sampled(work / "text", texts)
     told: dict[str, dict[str, Any]] = {}

@@ -23,17 +23,13 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parents[i] / "support") for i in (1, 2)]
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "training")]
 
-import torch
-from d2d_demo import BATCH, LENGTH, windows
-from healing import DOMAINS, sampled
-from torch.nn.functional import cross_entropy
-from training_curves import command, cosine, run_recipe, trained, write_domains
+from d2d_demo import BATCH, LENGTH, measured, windows
+from healing import demo_texts, sampled
+from training_curves import cosine, run_recipe, trained, write_domains, write_page
 
 import upcycle
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.files.locate import locate
-from upcycle.models.load import load_model
-from upcycle.trainers.demo.demo_text import demo_documents
 from upcycle.trainers.run.step_reports import read_log
 
 KEEP = 0.75
@@ -56,19 +52,6 @@ CUTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@torch.no_grad()
-def loss(folder: Path, text: list[torch.Tensor]) -> float:
-    """Nats per token, mean of the domains."""
-    model, losses = load_model(folder, torch.float32), []
-    for rows in text:
-        sums = [
-            cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
-            for ids in rows.split(8)
-        ]
-        losses.append(sum(sums) / (rows.numel() - len(rows)))
-    return fmean(losses)
-
-
 def main() -> None:
     """Convert, train, cut, measure and print the table; with ``--out`` it is written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -79,8 +62,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     work = options.work or Path(tempfile.mkdtemp(prefix="biased-"))
-    sides = demo_documents()
-    texts = {domain: [[each.text for each in side if each.domain == domain] for side in sides] for domain in DOMAINS}
+    texts = demo_texts()
     data = write_domains(work / "text", texts)
     calibration = {"text": [str(path) for path in sampled(work / "text", texts)], "tokens": 16384, "window": LENGTH}
     start = work / "start"
@@ -94,8 +76,8 @@ def main() -> None:
     trained(runs, work / "runs", options.jobs)
     text = windows(texts, load_tokenizer(locate("demo").path))
     lines = [
-        f"The demo model itself: {loss(locate('demo').path, text):.4f} nats per token; its split before training: "
-        f"{loss(start, text):.4f}. {options.steps * LENGTH * BATCH:,} tokens of training.",
+        f"The demo model itself: {measured(locate('demo').path, text).loss:.4f} nats per token; its split before training: "
+        f"{measured(start, text).loss:.4f}. {options.steps * LENGTH * BATCH:,} tokens of training.",
         "",
         "| balanced by | load | trained | " + " | ".join(title for title, _ in CUTS.values()) + " |",
         "|---|---:|" + "---:|" * (1 + len(CUTS)),
@@ -104,21 +86,18 @@ def main() -> None:
         model = work / "runs" / arm / "model"
         steps = [line for line in read_log(work / "runs" / arm / "log.jsonl") if line["kind"] == "step"]
         load = fmean(fmean(line["load_max_over_mean"]) for line in steps[-max(1, options.steps // 10) :])
-        cells = [loss(model, text)]
+        cells = [measured(model, text).loss]
         for name, (_, more) in CUTS.items():
             out = work / f"{arm}-{name}"
             if not out.exists():
                 told: dict[str, Any] = {"method": "reap", "keep": KEEP, "refit": "down", **more}
                 upcycle.convert(str(model), out, calibration=calibration, verification={"enabled": False}, **told)
-            cells.append(loss(out, text))
+            cells.append(measured(out, text).loss)
         lines.append(f"| {title} | {load:.2f}x | " + " | ".join(f"{cell:.4f}" for cell in cells) + " |")
     said = "\n".join(lines) + "\n"
     print(said)
     if options.out:
-        made_by = command("wrapped/biased_demo.py", sys.argv[1:])
-        options.out.write_text(
-            f"# A bias on the choice of experts, on the demo model\n\n`{made_by}` prints:\n\n{said}", encoding="utf-8"
-        )
+        write_page(options.out, "A bias on the choice of experts, on the demo model", "wrapped/biased_demo.py", said)
 
 
 if __name__ == "__main__":

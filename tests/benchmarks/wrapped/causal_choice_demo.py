@@ -1,9 +1,10 @@
 """Expert choice in a decoder: what it gains in training, and what its causal router keeps of that, beside top-k trained as long.
 
-8 experts of the demo model's FFNs, of which 2 run for a token, in the mean, behind ridge routers. One model is trained by top-k with
-Switch's balance loss. In the other, experts choose the tokens of a row, while a router beside learns to predict whom; in the last
-fifth of the steps the predictions route, and the rest of the model trains under them (``configs/train/causal_choice.yaml``). Rates
-are those of a run of minutes. Losses are of held-out documents, the mean of code and prose.
+8 copies of every FFN of the demo model, of which 2 run for a token, in the mean, behind random routers: the recipe ``causal_choice``,
+and the same by top-k. The text is new to the demo model: SciPy's docstrings and scikit-learn's code. One model is trained by top-k
+with Switch's balance loss. In the other, experts choose the tokens of a row, while a router beside learns to predict whom; in the
+last fifth of the steps the predictions route, and the rest of the model trains under them (``configs/train/causal_choice.yaml``).
+Rates are those of a run of minutes, and the same for both. Losses are of held-out documents, the mean of code and prose.
 
     python -P tests/benchmarks/wrapped/causal_choice_demo.py --out docs/measured/causal_choice.md
 """
@@ -23,31 +24,32 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import torch
 from d2d_demo import BATCH, LENGTH, measured, training, windows
-from healing import DOMAINS, sampled
+from domains import parted
+from masked_growing import KINDS
 from torch.nn.functional import cross_entropy
-from training_curves import command, trained, write_domains
+from training_curves import trained, write_domains, write_page
 from transformers import AutoModelForCausalLM
 
 import upcycle
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.files.locate import locate
 from upcycle.trainers.checkpoints.export import export
-from upcycle.trainers.demo.demo_text import demo_documents
 from upcycle.trainers.recipe.part_recipes import ControlParameters
 from upcycle.trainers.routing.router_control import RouterControl
 from upcycle.trainers.routing.router_records import capture
 
 CHOICE, TOP_K = "causal_choice", "top_k"
-SPLIT: dict[str, Any] = {
-    "method": "weight_kmeans",
+COPIES: dict[str, Any] = {
+    "method": "sparse_upcycling",
     "experts": 8,
-    "router": "ridge",
+    "router": "random",
     "target": "upcycle_moe",
     "verification": {"enabled": False},
 }
+CHOOSING = 2  # experts for a token, in the mean
 ROUTED: dict[str, dict[str, Any]] = {
-    TOP_K: {"top_k": 2},
-    CHOICE: {"routing": {"rule": "causal_choice", "capacity_factor": 2}},
+    TOP_K: {"top_k": CHOOSING},
+    CHOICE: {"routing": {"rule": "causal_choice", "capacity_factor": CHOOSING}},
 }
 
 
@@ -99,20 +101,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     work = options.work or Path(tempfile.mkdtemp(prefix="causal-choice-"))
-    sides = demo_documents()
-    texts = {domain: [[each.text for each in side if each.domain == domain] for side in sides] for domain in DOMAINS}
+    texts = {kind: parted(domain) for kind, domain in KINDS.items()}
     data = write_domains(work / "text", texts)
-    calibration = {"text": [str(path) for path in sampled(work / "text", texts)], "tokens": 8192, "window": LENGTH}
     before = options.steps - options.steps // 5
     runs: dict[str, Mapping[str, Any]] = {}
     for arm, routing in ROUTED.items():
         start = work / f"{arm}-start"
         if not start.exists():
-            upcycle.convert("demo", start, calibration=calibration, **SPLIT, **routing)
+            upcycle.convert("demo", start, **COPIES, **routing)
         run = training(data, options.steps, options.rate, None)
-        own = [
-            {**stage, "rates": {"router": options.router_rate}} for stage in stages(arm, options.steps, options.rate)
-        ]
+        rates = {"rates": {"router": options.router_rate}}
+        own = [{**stage, **rates} for stage in stages(arm, options.steps, options.rate)]
         saving = {"every": before, "keep": 3, "export": True}
         runs[arm] = {**run, "model": str(start), "stages": own, "saving": saving, "log": {"validation": before}}
     trained(runs, work / "runs", options.jobs)
@@ -125,8 +124,8 @@ def main() -> None:
     rows = [
         ("top-k, untrained", 0, starts[TOP_K].neurons, starts[TOP_K].loss),
         ("top-k", options.steps, ends[TOP_K].neurons, ends[TOP_K].loss),
-        ("experts choose, untrained", 0, 0.25, chosen(work / f"{CHOICE}-start", text)),
-        ("experts choose (looks ahead)", before, 0.25, chosen(middle, text)),
+        ("experts choose, untrained", 0, CHOOSING, chosen(work / f"{CHOICE}-start", text)),
+        ("experts choose (looks ahead)", before, CHOOSING, chosen(middle, text)),
         ("the same model, causal router", before, switched.neurons, switched.loss),
         ("causal router, trained under it", options.steps, ends[CHOICE].neurons, ends[CHOICE].loss),
     ]
@@ -136,10 +135,7 @@ def main() -> None:
     )
     print(said)
     if options.out:
-        made_by = command("wrapped/causal_choice_demo.py", sys.argv[1:])
-        options.out.write_text(
-            f"# Expert choice in a decoder: the causal router\n\n`{made_by}` prints:\n\n{said}", encoding="utf-8"
-        )
+        write_page(options.out, "Expert choice in a decoder: the causal router", "wrapped/causal_choice_demo.py", said)
 
 
 if __name__ == "__main__":

@@ -27,16 +27,15 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[i] / "support") for i in (1
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
 import torch
-from healing import DOMAINS, sampled
+from healing import DOMAINS, demo_texts, sampled
 from torch.nn.functional import cross_entropy
-from training_curves import command, trained, write_domains
+from training_curves import trained, write_domains, write_page
 from transformers import AutoModelForCausalLM
 
 import upcycle
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.files.locate import locate
 from upcycle.recipe.conversion_recipe import read_recipe
-from upcycle.trainers.demo.demo_text import demo_documents
 from upcycle.verification.neurons_run import NeuronsRun
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -182,8 +181,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     work = options.work or Path(tempfile.mkdtemp(prefix="d2d-"))
-    sides = demo_documents()
-    texts = {domain: [[each.text for each in side if each.domain == domain] for side in sides] for domain in DOMAINS}
+    texts = demo_texts()
     data = write_domains(work / "text", texts)
     calibration = {
         "text": [str(path) for path in sampled(work / "text", texts)],
@@ -226,8 +224,7 @@ def main() -> None:
     said = "\n".join(["\n".join(lines) + "\n", *parts])
     print(said)
     if options.out:
-        made_by = command("wrapped/d2d_demo.py", sys.argv[1:])
-        options.out.write_text(f"# D2DMoE on the demo model\n\n`{made_by}` prints:\n\n{said}", encoding="utf-8")
+        write_page(options.out, "D2DMoE on the demo model", "wrapped/d2d_demo.py", said)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ sys.path[:0] = [
 
 import torch
 from real_encoders import minilm
-from training_curves import command
+from training_curves import write_page
 
 import upcycle
 from upcycle.architectures.stock import load_tokenizer
@@ -196,8 +196,7 @@ def main() -> None:
     )
     print(said)
     if options.out:
-        made_by = command("wrapped/encoder_rules.py", sys.argv[1:])
-        options.out.write_text(f"# Rules on a sentence encoder\n\n`{made_by}` prints:\n\n{said}", encoding="utf-8")
+        write_page(options.out, "Rules on a sentence encoder", "wrapped/encoder_rules.py", said)
 
 
 if __name__ == "__main__":

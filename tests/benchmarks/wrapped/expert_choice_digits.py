@@ -35,7 +35,7 @@ import torch
 from calibrated_encoders import PROCESSOR, image_folders
 from digits_vit import BATCH, accuracy, digits, digits_vit
 from torch.nn.functional import cross_entropy
-from training_curves import command
+from training_curves import write_page
 from transformers import AutoModelForImageClassification
 
 import upcycle
@@ -147,10 +147,7 @@ def main() -> None:
     table = "\n".join(lines) + "\n"
     print(table)
     if options.out:
-        made_by = command("wrapped/expert_choice_digits.py", sys.argv[1:])
-        options.out.write_text(
-            f"# Expert choice on handwritten digits\n\n`{made_by}` prints:\n\n{table}", encoding="utf-8"
-        )
+        write_page(options.out, "Expert choice on handwritten digits", "wrapped/expert_choice_digits.py", table)
 
 
 if __name__ == "__main__":

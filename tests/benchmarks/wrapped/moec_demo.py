@@ -23,14 +23,13 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import torch
 from d2d_demo import BATCH, LENGTH, measured, training, windows
-from healing import DOMAINS
-from training_curves import command, trained, write_domains
+from healing import demo_texts
+from training_curves import trained, write_domains, write_page
 from transformers import AutoModelForCausalLM
 
 import upcycle
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.files.locate import locate
-from upcycle.trainers.demo.demo_text import demo_documents
 from upcycle.trainers.routing.stock_routers import moe_layers
 
 EXPERTS, CLUSTERS = 8, 4
@@ -91,8 +90,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     work = options.work or Path(tempfile.mkdtemp(prefix="moec-"))
-    sides = demo_documents()
-    texts = {domain: [[each.text for each in side if each.domain == domain] for side in sides] for domain in DOMAINS}
+    texts = demo_texts()
     texts = {domain: [few(side[0]), side[1]] for domain, side in texts.items()}
     data = write_domains(work / "text", texts)
     if not (work / "start").exists():
@@ -124,8 +122,7 @@ def main() -> None:
     said = "\n".join(lines) + f"\n\n{tokens:,} tokens of text, each trained on {times:.1f} times.\n"
     print(said)
     if options.out:
-        made_by = command("wrapped/moec_demo.py", sys.argv[1:])
-        options.out.write_text(f"# MoEC on the demo model\n\n`{made_by}` prints:\n\n{said}", encoding="utf-8")
+        write_page(options.out, "MoEC on the demo model", "wrapped/moec_demo.py", said)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import torch
 from d2d_demo import LENGTH, measured, windows
 from healing import DOMAINS, sampled
 from torch.nn.functional import cross_entropy
-from training_curves import command, write_domains
+from training_curves import write_domains, write_page
 from transformers import AutoModelForCausalLM
 
 import upcycle
@@ -116,10 +116,7 @@ def main() -> None:
     )
     print(said)
     if options.out:
-        made_by = command("wrapped/projections_demo.py", sys.argv[1:])
-        options.out.write_text(
-            f"# Projections of attention as experts\n\n`{made_by}` prints:\n\n{said}", encoding="utf-8"
-        )
+        write_page(options.out, "Projections of attention as experts", "wrapped/projections_demo.py", said)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import torch
 from d2d_demo import BATCH, LENGTH, measured, training, windows
-from healing import DOMAINS, sampled
+from healing import demo_texts, sampled
 from projections_demo import BASE
 from torch.nn.functional import cross_entropy
 from training_curves import trained, write_domains, write_page
@@ -35,7 +35,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import upcycle
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.files.locate import locate
-from upcycle.trainers.demo.demo_text import demo_documents
 from upcycle.verification.neurons_run import NeuronsRun
 
 FFN, ATTENTION = 0.05, 0.1  # tau while the model of experts is trained
@@ -74,8 +73,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     work = options.work or Path(tempfile.mkdtemp(prefix="sparse-attention-"))
-    sides = demo_documents()
-    texts = {domain: [[each.text for each in side if each.domain == domain] for side in sides] for domain in DOMAINS}
+    texts = demo_texts()
     data = write_domains(work / "text", texts)
     trained({"sparsified": training(data, options.sparsify, 1e-3, 2e-3)}, work / "runs", 1)
     parent, split = work / "runs" / "sparsified" / "model", work / f"split-{options.tokens}-{options.epochs}"

@@ -24,14 +24,13 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[i] / "support") for i in (1
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "training")]
 
 from d2d_demo import BATCH, LENGTH, ROOT, measured, table, training, windows
-from healing import DOMAINS, sampled
-from training_curves import command, trained, write_domains
+from healing import demo_texts, sampled
+from training_curves import trained, write_domains, write_page
 
 import upcycle
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.files.locate import locate
 from upcycle.recipe.conversion_recipe import read_recipe
-from upcycle.trainers.demo.demo_text import demo_documents
 
 THRESHOLDS = (0.0, 0.05, 0.1, 0.2, 0.48, 0.8, 1.0, 1.5, 2.0)
 TOP_K: dict[str, Any] = {
@@ -73,8 +72,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     work = options.work or Path(tempfile.mkdtemp(prefix="varying-"))
-    sides = demo_documents()
-    texts = {domain: [[each.text for each in side if each.domain == domain] for side in sides] for domain in DOMAINS}
+    texts = demo_texts()
     data = write_domains(work / "text", texts)
     calibration = {"text": [str(path) for path in sampled(work / "text", texts)], "tokens": 32768, "window": LENGTH}
     runs: dict[str, Mapping[str, Any]] = {}
@@ -104,10 +102,7 @@ def main() -> None:
     said = "\n".join(parts)
     print(said)
     if options.out:
-        made_by = command("wrapped/varying_demo.py", sys.argv[1:])
-        options.out.write_text(
-            f"# ReMoE and DS-MoE on the demo model\n\n`{made_by}` prints:\n\n{said}", encoding="utf-8"
-        )
+        write_page(options.out, "ReMoE and DS-MoE on the demo model", "wrapped/varying_demo.py", said)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def test_routers_that_would_be_undone_get_a_factor_with_which_they_are_not(coole
     assert found
     assert found.size == pytest.approx(3e-5)
     assert found.factor == 0.001
-    assert "weights of about 3e-05" in found.spared
+    assert "weights of about 3e-05" in found.spared(found.factor)
     assert "rates: {router: 0.001}" in found.warning(1e-4)
     assert fitted_routers(cooled, GroupParameters(learning_rate=1e-4, router=found.factor), origin) is None
 

@@ -154,7 +154,7 @@ class _ExtendedLayers:
         for name, whole in self._before.layers[index].state_dict().items():
             if whole.shape == wanted[name].shape:
                 continue
-            if len(whole) == 1:  # a bias behind a dimension of size 1
+            if len(wanted[name]) == 1:  # a bias behind a dimension of size 1
                 found[name] = torch.cat([whole, whole.new_zeros(1, 1)], 1)
                 continue
             if ".experts." not in f".{name}":

@@ -73,7 +73,7 @@ def observe_layers(
     if unread := sorted(set(model.moe_layers) - set(walk.places)):
         raise RefusalError(
             f"layer {unread[0]}: what the router of this '{model.family.name}' model does is none of the rules known here",
-            hint="methods without observations, such as layer_drop, do not ask for it",
+            hint="methods that do not observe experts take it: lower_top_k, resplit, sparse_experts, quantize",
         )
     about = Observations({}, checkpoint.fingerprint, model.top_k, text, torch.zeros(0)).about_file()
 

@@ -6,12 +6,11 @@ will choose from its own (Eliseev & Mazur, arXiv 2312.17238, section 3.2).
 
 from __future__ import annotations
 
-from inspect import signature
 from typing import Any
 
 import torch
 
-from upcycle.trainers.routing.stock_routers import RouterPlace, find_routers, moe_layers, selection_bias
+from upcycle.trainers.routing.stock_routers import RouterPlace, bias_argument, find_routers, moe_layers, selection_bias
 
 
 class ExpectedExperts:
@@ -60,9 +59,7 @@ def _readable(model: Any) -> Any:
 def _logits(place: RouterPlace, state: torch.Tensor) -> torch.Tensor | None:
     """Return a router's logits ``[T, E]``, without its hooks: who watches routers must not see guesses."""
     run = type(place.router).forward
-    # Some classes hand their routers the bias on the choice, which they keep beside them.
-    asked = {"expert_bias", "e_score_correction_bias"} & set(signature(run).parameters)
-    named = dict.fromkeys(asked, selection_bias(place.block, place.router))
-    output = run(place.router, state, **named)
+    handed = bias_argument(place.router)
+    output = run(place.router, state, **({handed: selection_bias(place.block, place.router)} if handed else {}))
     first = output[0] if isinstance(output, tuple) else output
     return first if isinstance(first, torch.Tensor) and first.is_floating_point() else None

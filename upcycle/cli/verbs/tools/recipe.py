@@ -10,7 +10,8 @@ from upcycle.cli.shared.output import print_json, print_markdown
 from upcycle.errors import UsageError
 from upcycle.files.formats.parsing import parse_yaml
 from upcycle.recipe.model_recipes import model_recipes
-from upcycle.recipe.shipped_recipes import RECIPE_VERBS, did_you_mean, shipped
+from upcycle.recipe.shipped_recipes import RECIPE_VERBS, names_of_recipes, shipped
+from upcycle.registry import did_you_mean
 
 
 @click.command("recipe", short_help="Print a recipe that comes with upcycle")
@@ -35,7 +36,8 @@ def command(name: str, verb: str | None, as_json: bool, debug: bool) -> None:
     if "convert" in verbs and name in model_recipes():
         found["convert"] = model_recipes()[name].text
     if not found:
-        hint = f"{did_you_mean(name, *verbs)}upcycle list recipes names them all"
+        known = [name for verb in verbs for name in names_of_recipes(verb)]
+        hint = f"{did_you_mean(name, known)}upcycle list recipes names them all"
         raise UsageError(f"no such recipe: {name}", hint=hint)
     if len(found) > 1:
         commands = " or ".join(f"upcycle recipe {name} --for {each}" for each in found)
