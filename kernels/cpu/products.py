@@ -28,6 +28,16 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def padded_rows(count: int) -> int:
+    """The next number of rows of few: multiples of 8, and of a sixteenth of the next power of two.
+
+    oneDNN, which multiplies 16-bit matrices, makes code for every new shape and keeps 1,024 of them. Experts see another number
+    of tokens at each pass: most products would wait for their code, for ten times as long as they take.
+    """
+    step = max(8, 1 << max(0, count.bit_length() - 4)) if count > 1 else 1
+    return -(-count // step) * step
+
+
 class Products:
     """Products of matrices in the accumulator's dtype with weights that may be of another, many at a time."""
 
@@ -58,7 +68,7 @@ class Products:
                 out.addmm_(left, right)
             elif self._native or len(left) == 1:
                 # A single row reads every weight once: a cast would take longer than the product.
-                made = left.to(self.dtype) @ right
+                made = (self._padded(left) @ right)[: len(left)]
                 _ = out.add_(made) if add else out.copy_(made)
             else:
                 self._linear_by_pieces(left, right, out, add)
@@ -71,11 +81,18 @@ class Products:
             if self._same:
                 torch.mm(left, right, out=out)
             elif self._native:
-                out.copy_(left.to(self.dtype) @ right.to(self.dtype))
+                out.copy_(self._padded(left.T).T @ self._padded(right))
             elif out.stride(0) < out.stride(1):  # written in the order in which it lies in memory
                 self._outer_by_pieces(right.T, left.T, out.T)
             else:
                 self._outer_by_pieces(left, right, out)
+
+    def _padded(self, rows: torch.Tensor) -> torch.Tensor:
+        """``[n, j]`` cast to the weights' dtype as ``[padded_rows(n), j]``, whose last rows are zeros."""
+        cast = rows.new_empty(padded_rows(len(rows)), rows.shape[1], dtype=self.dtype)
+        cast[: len(rows)].copy_(rows)
+        cast[len(rows) :].zero_()
+        return cast
 
     def _linear_by_pieces(self, rows: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, add: bool) -> None:
         whole = weight.numel() <= PIECE

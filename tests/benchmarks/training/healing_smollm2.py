@@ -1,8 +1,12 @@
 """SmolLM2-135M split to 50% of its neurons as ``configs/convert/split_50.yaml`` says, in fewer experts, which train faster, and
-healed by its dense parent: perplexity on held-out documents of every domain, dense, split, and healed. About 93 MB are
-downloaded once. How many tokens an hour would give is printed with the table.
+healed by its dense parent with the losses of ``configs/train/heal_distill.yaml``: how much of the gap between the split's loss and
+the dense model's is closed after how many tokens, and perplexity on held-out documents of every domain, dense, split, and healed.
+Every number of ``--tokens`` is a run of its own, with a schedule of that length. About 93 MB are downloaded once.
 
-    python -P tests/benchmarks/training/healing_smollm2.py --out docs/measured/healing_smollm2.md
+The model computes in bfloat16 where the CPU multiplies it natively (the optimizer keeps fp32 weights), and in fp32 elsewhere,
+which takes three times as long; ``--dtype`` overrules. The page says which it was.
+
+    python -P tests/benchmarks/training/healing_smollm2.py --tokens 200000 1600000 --out docs/measured/healing_smollm2.md
 """
 
 from __future__ import annotations
@@ -13,23 +17,29 @@ import tempfile
 import time
 from math import exp
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[i] / "support") for i in (1, 2)]
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import torch
+import yaml
 from domains import DOMAINS, parted, texts
-from healing import BALANCE, DISTILLED, ROOT
+from healing import ROOT
 from smollm2 import dense_folder
-from training_curves import read_curve, validation_loss, write_domains, write_page
+from training_curves import cosine, read_curve, validation_loss, write_domains, write_page
 
 import upcycle
+from upcycle.kernels.cpu.products import fast_natively
 from upcycle.recipe.conversion_recipe import read_recipe
 from upcycle.trainers.run.loop import train
 from upcycle.trainers.run.step_reports import read_log
 
 LENGTH, BATCH = 512, 4
 PIECES = 48
+HELD_OUT = 8192
+POINTS = 8  # validations of a run
 
 
 def convert(source: Path, out: Path) -> Path:
@@ -42,65 +52,90 @@ def convert(source: Path, out: Path) -> Path:
     return out
 
 
-def recipe(model: Path, output: Path, data: dict[str, Any], tokens: int, rate: float, router: float) -> dict[str, Any]:
-    """As ``upcycle train`` takes it."""
+def recipe(model: Path, output: Path, data: dict[str, Any], tokens: int, rate: float, dtype: str) -> dict[str, Any]:
+    """As ``upcycle train`` takes it: the shipped recipe's losses; routers that were fitted are spared by themselves."""
+    shipped = yaml.safe_load((ROOT / "configs" / "train" / "heal_distill.yaml").read_text(encoding="utf-8"))["stages"][
+        0
+    ]
     steps = -(-tokens // (LENGTH * BATCH))
-    stage = {
-        "name": "heal",
-        "steps": steps,
-        "learning_rate": rate,
-        "rates": {"router": router},
-        "schedule": {"kind": "cosine", "warmup": max(1, steps // 10), "floor": 0.1},
-        "losses": BALANCE,
-        "distillation": DISTILLED["distillation alone"],
-    }
+    stage = cosine(steps, rate, losses=shipped["losses"], distillation=shipped["distillation"])
     return {
         "model": str(model),
         "output": str(output),
-        "data": {**data, "validation": {"tokens": 8192}},
+        "data": {**data, "validation": {"tokens": HELD_OUT}},
         "length": LENGTH,
         "global_batch": BATCH,
-        "micro_batch": 2,
-        "stages": [stage],
-        "saving": {"every": 25, "keep": 1, "export": False},
-        "log": {"validation": max(1, steps // 5)},
+        "micro_batch": BATCH,
+        "dtype": dtype,
+        "zero": {"stage": 1 if dtype == "bfloat16" else 0},
+        "keep_memory": True,
+        "stages": [{"name": "heal", **stage}],
+        "saving": {"every": max(25, steps // 4), "keep": 1, "export": False},
+        "log": {"validation": -(-steps // POINTS)},
     }
 
 
-def main() -> None:
-    """Convert, train, and print the table; with ``--out`` it is written."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=200_000)
-    parser.add_argument("--rate", type=float, default=1e-4, help="learning rate (default: 1e-4)")
-    parser.add_argument("--router", type=float, default=1e-3, help="factor on the routers' rate (default: 1e-3)")
-    parser.add_argument("--work", type=Path, help="keep the run here, and continue it")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    work = options.work or Path(tempfile.mkdtemp(prefix="healing-smollm2-"))
-    source = dense_folder()
-    data = write_domains(work / "text", {domain: parted(domain) for domain in DOMAINS})
-    told = recipe(convert(source, work / "split"), work / "run", data, options.tokens, options.rate, options.router)
-    log = work / "run" / "log.jsonl"
+def healed(told: dict[str, Any]) -> tuple[dict[int, dict[str, float]], float]:
+    """Losses of every domain by tokens trained on, and seconds for each token, validations included."""
+    run = Path(told["output"])
+    log = run / "log.jsonl"
     before = max((line.get("tokens", 0) for line in read_log(log)), default=0) if log.exists() else 0
     started = time.perf_counter()
     if train(told).stopped:
-        sys.exit(f"stopped by a signal; --work {work} continues, and only then is there a table")
+        sys.exit(f"stopped by a signal; --work {run.parent} continues, and only then is there a table")
     seconds = time.perf_counter() - started
-    points = read_curve(work / "run").points
-    trained = max(points)
-    dense, split, healed = validation_loss(source, told), points[0], points[trained]
-    added = trained - before  # a run that was stopped has trained on the others in another process
-    lines = [
-        f"{added:,} tokens in {seconds / 60:.0f} minutes, validations included ({added / seconds * 3600:,.0f} an hour); "
-        f"perplexity on 8,192 held-out tokens of each:",
-        "",
-        "| domain | dense | split | healed | of the gap closed |",
-        "|---|---:|---:|---:|---:|",
-    ]
+    points = {tokens: dict(losses) for tokens, losses in sorted(read_curve(run).points.items())}
+    return points, seconds / max(1, max(points) - before)  # what was trained on before, another process was timed at
+
+
+def table(dense: dict[str, float], points: dict[int, dict[str, float]]) -> list[str]:
+    """Perplexities at the end, and the curve."""
+    split, end = points[0], points[max(points)]
+
+    def closed(losses: dict[str, float], domain: str) -> float:
+        return (split[domain] - losses[domain]) / (split[domain] - dense[domain])
+
+    lines = ["| domain | dense | split | healed | of the gap in loss closed |", "|---|---:|---:|---:|---:|"]
     for domain in DOMAINS:
-        closed = (split[domain] - healed[domain]) / (split[domain] - dense[domain])
-        values = " | ".join(f"{exp(loss[domain]):.2f}" for loss in (dense, split, healed))
-        lines.append(f"| {domain} | {values} | {closed:.0%} |")
+        values = " | ".join(f"{exp(loss[domain]):.2f}" for loss in (dense, split, end))
+        lines.append(f"| {domain} | {values} | {closed(end, domain):.0%} |")
+    lines += ["", f"| tokens | {' | '.join(DOMAINS)} | mean |", "|---:|" + "---:|" * (len(DOMAINS) + 1)]
+    for tokens, losses in points.items():
+        shares = [closed(losses, domain) for domain in DOMAINS]
+        if tokens:
+            lines.append(f"| {tokens:,} | " + " | ".join(f"{share:.0%}" for share in (*shares, fmean(shares))) + " |")
+    return lines
+
+
+def main() -> None:
+    """Convert, train, and print the tables; with ``--out`` they are written."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[200_000], help="of each run (default: 200,000)")
+    parser.add_argument("--rate", type=float, default=5e-4, help="learning rate (default: 5e-4)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="that the model computes in")
+    parser.add_argument("--work", type=Path, help="keep the runs here, and continue them")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    dtype = options.dtype or ("bfloat16" if fast_natively(torch.bfloat16) else "float32")
+    work = options.work or Path(tempfile.mkdtemp(prefix="healing-smollm2-"))
+    source = dense_folder()
+    data = write_domains(work / "text", {domain: parted(domain) for domain in DOMAINS})
+    split = convert(source, work / "split")
+    lines = [
+        f"Learning rate {options.rate:g}, rows of {LENGTH} tokens, {BATCH} of them in a step, computed in {dtype}. Perplexity on "
+        f"{HELD_OUT:,} held-out tokens of each domain; the gap is that of the split's loss to the dense model's.",
+    ]
+    for tokens in options.tokens:
+        told = recipe(split, work / f"run-{tokens}", data, tokens, options.rate, dtype)
+        points, seconds = healed(told)
+        lines += [
+            "",
+            f"## {max(points):,} tokens",
+            "",
+            f"{1 / seconds:,.0f} tokens a second, validations included.",
+            "",
+        ]
+        lines += table(dict(validation_loss(source, told)), points)
     text = "\n".join(lines) + "\n"
     print(text)
     if options.out:
