@@ -13,6 +13,7 @@ import torch
 
 from upcycle.architectures.module_paths import module_paths_of
 from upcycle.errors import UsageError
+from upcycle.ffn.massive_activations import token_weights
 from upcycle.trainers.distillation.truncated_logits import TopLogits
 from upcycle.trainers.recipe.part_recipes import DistillationParameters
 from upcycle.trainers.routing.recorder import Recorder
@@ -76,15 +77,19 @@ def logits_kl(
 
 
 def relative_error(student: torch.Tensor, parent: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """``sum |s - p|^2 / sum |p|^2`` over the positions that count: relative, so that large outputs count no more than small ones.
+    """``sum w |s - p|^2 / sum w |p|^2`` over the positions that count: relative, so that large outputs count no more than small ones.
+
+    The weights ``w`` are 1, and less where ``p`` is massive beside the other positions of its row
+    (:func:`upcycle.ffn.massive_activations.token_weights`): else such a position were all that is learned.
 
     Args:
-        student: ``[..., D]``, any floating dtype; computed in at least fp32.
+        student: ``[..., S, D]``, any floating dtype; computed in at least fp32.
         parent: the same; its gradient is not computed.
-        mask: bool ``[...]``; ``None``: all positions.
+        mask: bool ``[..., S]``; ``None``: all positions.
     """
     p = widened(parent.detach())
-    return _size(widened(student) - p, mask) / _positive(_size(p, mask))
+    weights = _weights(p, mask)
+    return _size(widened(student) - p, weights) / _positive(_size(p, weights))
 
 
 def mean_over(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -122,11 +127,10 @@ def matching(
     sizes = parent_sizes(parameters, parent, mask) if sizes is None else sizes
     found = {}
     for (what, weight), of_layers in zip(_matched(parameters), sizes, strict=True):
-        pairs = zip(student, parent, strict=True)
-        errors = [
-            _size(widened(getattr(mine, what)) - widened(getattr(theirs, what).detach()), mask)
-            for mine, theirs in pairs
+        pairs = [
+            (getattr(mine, what), getattr(theirs, what).detach()) for mine, theirs in zip(student, parent, strict=True)
         ]
+        errors = [_size(widened(mine) - widened(theirs), _weights(widened(theirs), mask)) for mine, theirs in pairs]
         together = torch.stack(errors)
         found[what] = weight * (together / _positive(of_layers.to(together))).mean()
     return found
@@ -136,16 +140,12 @@ def matching(
 def parent_sizes(
     parameters: DistillationParameters, parent: Sequence[LayerOutput], mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The denominators of :func:`matching`: ``sum |p|^2`` of each matched output, ``[n, layers]`` in at least fp32.
+    """The denominators of :func:`matching`: ``sum w |p|^2`` of each matched output, ``[n, layers]`` in at least fp32.
 
-    They are additive over tokens.
+    They are additive over rows, whose positions stay together however a batch is divided.
     """
-    return torch.stack(
-        [
-            torch.stack([_size(widened(getattr(layer, what)), mask) for layer in parent])
-            for what, _ in _matched(parameters)
-        ]
-    )
+    outputs = [[widened(getattr(layer, what)) for layer in parent] for what, _ in _matched(parameters)]
+    return torch.stack([torch.stack([_size(p, _weights(p, mask)) for p in layers]) for layers in outputs])
 
 
 def _matched(parameters: DistillationParameters) -> list[tuple[str, float]]:
@@ -153,9 +153,12 @@ def _matched(parameters: DistillationParameters) -> list[tuple[str, float]]:
     return [(what, weight) for what, weight in both if weight]
 
 
-def _size(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    squares = values.square().sum(-1)
-    return squares.sum() if mask is None else (squares * mask).sum()
+def _weights(parent: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    return token_weights(parent.square().sum(-1), mask)
+
+
+def _size(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    return (values.square().sum(-1) * weights).sum()
 
 
 def _positive(size: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from upcycle.trainers.distillation.losses import (
     layer_outputs,
     logits_kl,
     matching,
+    parent_sizes,
     relative_error,
 )
 from upcycle.trainers.distillation.truncated_logits import TopLogits
@@ -89,6 +90,35 @@ def test_relative_error() -> None:
                 size += sum(y * y for y in p[b, t].tolist())
     assert relative_error(s, p, mask).item() == pytest.approx(error / size, rel=1e-13)
     assert torch.autograd.gradcheck(lambda x: relative_error(x, p, mask), (s.requires_grad_(),))
+
+
+def test_a_massive_position_counts_as_32_ordinary_ones() -> None:
+    """In most language models, the first token's squares are 99% of all: a sum of all squared errors would tell of it alone."""
+    torch.manual_seed(0)
+    s, p = (torch.randn(2, 9, 4, dtype=torch.float64) for _ in range(2))
+    s[:, 0] *= 300
+    p[:, 0] *= 200
+    error = size = 0.0
+    for b in range(2):
+        squares = [sum(y * y for y in p[b, t].tolist()) for t in range(9)]
+        for t in range(9):
+            weight = min(1.0, 32 * sorted(squares)[4] / squares[t])
+            error += weight * sum((x - y) ** 2 for x, y in zip(s[b, t].tolist(), p[b, t].tolist(), strict=True))
+            size += weight * squares[t]
+    assert relative_error(s, p).item() == pytest.approx(error / size, rel=1e-13)
+    assert relative_error(s, p).item() != pytest.approx(((s - p).square().sum() / p.square().sum()).item(), rel=1e-2)
+
+    def layers(states: torch.Tensor) -> list[LayerOutput]:
+        return [LayerOutput(0, states, states)]
+
+    whole = parent_sizes(DistillationParameters(hidden=1.0), layers(p))
+    parts = [
+        matching(DistillationParameters(hidden=1.0), layers(s[b : b + 1]), layers(p[b : b + 1]), sizes=whole)
+        for b in range(2)
+    ]
+    assert sum(part["hidden"] for part in parts).item() == pytest.approx(
+        error / size, rel=1e-13
+    )  # however rows are divided
 
 
 def test_matching_is_the_mean_over_layers() -> None:
