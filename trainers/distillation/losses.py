@@ -13,7 +13,7 @@ import torch
 
 from upcycle.architectures.module_paths import module_paths_of
 from upcycle.errors import UsageError
-from upcycle.ffn.massive_activations import token_weights
+from upcycle.trainers.distillation.massive_activations import token_weights
 from upcycle.trainers.distillation.truncated_logits import TopLogits
 from upcycle.trainers.recipe.part_recipes import DistillationParameters
 from upcycle.trainers.routing.recorder import Recorder
@@ -80,7 +80,7 @@ def relative_error(student: torch.Tensor, parent: torch.Tensor, mask: torch.Tens
     """``sum w |s - p|^2 / sum w |p|^2`` over the positions that count: relative, so that large outputs count no more than small ones.
 
     The weights ``w`` are 1, and less where ``p`` is massive beside the other positions of its row
-    (:func:`upcycle.ffn.massive_activations.token_weights`): else such a position were all that is learned.
+    (:func:`upcycle.trainers.distillation.massive_activations.token_weights`): else such a position were all that is learned.
 
     Args:
         student: ``[..., S, D]``, any floating dtype; computed in at least fp32.

@@ -23,7 +23,6 @@ from upcycle.calibration.decide_layer import (
     outputs_of,
     targets_of,
     weights_behind_norm,
-    weights_in_stream,
 )
 from upcycle.calibration.imitate import imitate_layer
 from upcycle.calibration.source_walks import SourceWalks, attend, feed
@@ -245,7 +244,7 @@ class Calibration:
                 file.release()
             return
         ffn = self._checkpoint.feed_forward(index, self._job.recipe.dtype)
-        weights, targets = weights_in_stream(sums, self._batch), targets_of(sums, residual, self._batch)
+        weights, targets = None, targets_of(sums, residual, self._batch)
         if made is not None:
             weights = weights_behind_norm(made, self._batch, self._job.dense.rms_norm_eps)
             targets = outputs_of(made, self._batch)

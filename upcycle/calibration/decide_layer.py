@@ -13,7 +13,6 @@ from upcycle.errors import CheckpointError
 from upcycle.ffn.activations import HELD_OUT_EVERY, Activations, ExpertActivations, Inputs
 from upcycle.ffn.blueprint import LayerBlueprint
 from upcycle.ffn.feed_forward import FeedForward
-from upcycle.ffn.massive_activations import token_weights
 from upcycle.ffn.reconstruction import BlockFit, BlockSchedule, LayerFunction, reconstruct
 from upcycle.ffn.refit import Applied, Routing, fit_down, fit_scale
 from upcycle.ffn.router_capture import captured
@@ -101,17 +100,6 @@ def weights_behind_norm(made: TokenFile, batch: int, eps: float) -> torch.Tensor
     """
     weights = torch.cat([1 / (block.square().mean(1) + eps) for block in made.blocks(batch)])
     return weights / weights.mean()
-
-
-def weights_in_stream(after: TokenFile, batch: int) -> torch.Tensor | None:
-    """Return fp32 ``[T]``: how much each token's squared error counts in a layer that adds to the stream; None: all the same.
-
-    Args:
-        after: the dense model's stream after the layer, ``[T, d]``. Where it is massive, errors of it matter less.
-        batch: tokens that are read at a time.
-    """
-    weights = token_weights(torch.cat([block.square().sum(1) for block in after.blocks(batch)]))
-    return None if bool((weights == 1).all()) else weights
 
 
 class Outputs(Protocol):

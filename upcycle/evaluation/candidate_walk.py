@@ -28,7 +28,6 @@ from upcycle.calibration.decide_layer import (
     outputs_of,
     targets_of,
     weights_behind_norm,
-    weights_in_stream,
 )
 from upcycle.ffn.activations import (
     HELD_OUT_EVERY,
@@ -276,8 +275,7 @@ class Walk:
         if index > first:
             self._attention(runner, index, name, "calibration")
         inputs, residual = (self._file(source, f"{part}.calibration") for part in ("x", "residual"))
-        after = self._stream("dense", "calibration", index + 1)
-        weights, targets = weights_in_stream(after, self._batch), targets_of(after, residual, self._batch)
+        weights, targets = None, targets_of(self._stream("dense", "calibration", index + 1), residual, self._batch)
         for made in self._made("calibration"):
             weights = weights_behind_norm(made, self._batch, self._checkpoint.config.rms_norm_eps)
             targets = outputs_of(made, self._batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from upcycle.ffn.massive_activations import MOST, token_weights
+from upcycle.trainers.distillation.massive_activations import MOST, token_weights
 
 
 def test_ordinary_tokens_all_count_the_same() -> None:

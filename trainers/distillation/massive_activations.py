@@ -3,7 +3,7 @@
 In most language models, the first token of a text and a few others carry activations that are hundreds of times as long as those of
 ordinary ones (Sun, Chen, Kolter and Liu 2024, "Massive Activations in Large Language Models", arXiv 2402.17762): in SmolLM2-135M,
 one token of a row has 99% of all squares from the twelfth layer on. Sums of squared errors then tell of that token alone, and what
-is fitted or trained by them serves no other. Its errors matter as little as its length suggests: the next norm divides by it.
+is trained by them serves no other. Its errors matter as little as its length suggests: the next norm divides by it.
 """
 
 from __future__ import annotations
