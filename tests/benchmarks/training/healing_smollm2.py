@@ -36,7 +36,7 @@ from upcycle.recipe.conversion_recipe import read_recipe
 from upcycle.trainers.run.loop import train
 from upcycle.trainers.run.step_reports import read_log
 
-LENGTH, BATCH = 512, 4
+LENGTH, BATCH = 512, 2
 PIECES = 48
 HELD_OUT = 8192
 POINTS = 8  # validations of a run
@@ -111,7 +111,7 @@ def main() -> None:
     """Convert, train, and print the tables; with ``--out`` they are written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[200_000], help="of each run (default: 200,000)")
-    parser.add_argument("--rate", type=float, default=5e-4, help="learning rate (default: 5e-4)")
+    parser.add_argument("--rate", type=float, default=4e-4, help="learning rate (default: 4e-4)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="that the model computes in")
     parser.add_argument("--work", type=Path, help="keep the runs here, and continue them")
     parser.add_argument("--out", type=Path)
