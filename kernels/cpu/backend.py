@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 import torch
 
-from upcycle.kernels.cpu import native_batches
 from upcycle.kernels.cpu.expert_groups import CpuPass, Group
 from upcycle.kernels.cpu.fused_activations import hidden, hidden_and_gradient
 from upcycle.kernels.cpu.recycled_memory import recycled, recycled_like
@@ -22,8 +21,6 @@ def forward(
     x: torch.Tensor, weights: ExpertWeights, dispatch: Dispatch, scores: torch.Tensor | None, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and z, group by group; see :class:`upcycle.kernels.layout.expert_weights.Backend`."""
-    if native_batches.fits(x, weights, dispatch):
-        return native_batches.forward(x, weights, dispatch, scores, keep)
     run = CpuPass(x, weights, dispatch)
     products = run.products
     kept = recycled(x, run.z_size if keep else 0)
@@ -54,8 +51,6 @@ def backward(
     needs: Gradients,
 ) -> Gradients:
     """Gradients, group by group; see :class:`upcycle.kernels.layout.expert_weights.Backend`. Experts without rows get zeros."""
-    if native_batches.fits(x, weights, dispatch):
-        return native_batches.backward(grad, x, weights, dispatch, scores, z, needs)
     run = CpuPass(x, weights, dispatch)
     made = Gradients(*(None if need is None else recycled_like(need) for need in needs))
     grad = grad.to(run.products.sum)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from expert_cases import WIDTHS, apart, make_weights, random_ids, rounding, tensors_of, with_grad
 
-from upcycle.kernels.cpu import backend, native_batches, recycled_memory
+from upcycle.kernels.cpu import backend, recycled_memory
 from upcycle.kernels.cpu.expert_groups import GROUP_ELEMENTS, GROUP_ROWS, grouped
 from upcycle.kernels.layout import reference
 from upcycle.kernels.layout.dispatch import route
@@ -94,15 +94,8 @@ def in_double(weights: ExpertWeights) -> ExpertWeights:
     return replace(weights, **{name: t if t is None else t.detach().double() for name, t in parts.items()})
 
 
-@pytest.fixture(params=["one by one", "in batches"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How experts are multiplied, whatever this CPU can."""
-    monkeypatch.setattr(native_batches, "fits", lambda *_: request.param == "in batches")
-    return str(request.param)
-
-
 @pytest.mark.one_in(5)
-@pytest.mark.usefixtures("poisoned", "way")
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("kind", ["plain", "idle", "one", "all", "single", "dynamic"])
 @pytest.mark.parametrize("layout", ["stacked", "transposed", "packed", "ragged"])
 def test_every_layout_and_routing(layout: str, kind: str) -> None:
@@ -110,7 +103,7 @@ def test_every_layout_and_routing(layout: str, kind: str) -> None:
         check_against_reference(make_weights(layout, gated, bias), *case(kind), weighted, 1e-13)
 
 
-@pytest.mark.usefixtures("poisoned", "way")
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation(activation: str) -> None:
     for gated in (True, False):
@@ -121,36 +114,14 @@ def test_every_activation(activation: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", ["stacked", "transposed", "packed"])
 @pytest.mark.parametrize("native", [True, False])
-def test_every_dtype(dtype: torch.dtype, layout: str, way: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_dtype(dtype: torch.dtype, layout: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """16-bit weights by way of fp32, and as on a CPU that has instructions for them, where factors are rounded twice more."""
-    native = native or way == "in batches"
     monkeypatch.setattr("upcycle.kernels.cpu.products.fast_natively", lambda _: native)
     hidden, width = 48, 40
     weights = make_weights(layout, bias=True, dtype=dtype, hidden=hidden, width=width)
     tolerance = rounding(dtype, hidden + width) * (3 if native and dtype != torch.float32 else 1)
     for kind in ("idle", "single", "dynamic"):
         check_against_reference(weights, *case(kind), True, tolerance, dtype)
-
-
-def test_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neighbours of one width are taken together as long as their padding is small, and products have few shapes."""
-    monkeypatch.setattr(native_batches, "FREE_ROWS", 0)
-
-    def batches(counts: list[int], weights: ExpertWeights) -> list[tuple[int, int, int]]:
-        found = list(native_batches.batches([0, *itertools.accumulate(counts)], weights))
-        ends = [(batch.rows.stop, batch.z.stop, batch.place.stop) for batch in found]
-        starts = [(batch.rows.start, batch.z.start, batch.place.start) for batch in found]
-        assert starts == [(0, 0, 0), *ends[:-1]]
-        assert ends[-1][0] == sum(counts)
-        return [(batch.first, batch.stop, batch.most) for batch in found]
-
-    alike = make_weights()
-    assert batches([16, 16, 15, 16, 12], alike) == [(0, 5, 16)]
-    assert batches([16, 16, 400, 0, 0], alike) == [(0, 2, 16), (2, 3, 448), (3, 4, 16), (4, 5, 16)]
-    assert batches([16, 16, 16, 16, 16], make_weights("ragged")) == [(0, 1, 16), (1, 2, 16), (2, 3, 16), (3, 5, 16)]
-    monkeypatch.setattr(native_batches, "MOST_ELEMENTS", 2 * alike.width(0) * 48)
-    assert batches([16, 16, 15, 16, 12], alike) == [(0, 2, 16), (2, 5, 16)]
-    assert len({native_batches.padded_count(count) for count in range(1, 4097)}) <= 45
 
 
 @pytest.mark.parametrize("layout", ["stacked", "transposed", "packed"])
