@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from any_moe import auto_class_of
 from permuted_experts import permuted
 from pico_models import PICO_MOE
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 import upcycle
 from upcycle.architectures.moe_families import MOES
@@ -84,7 +84,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def logits(folder: Path) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = auto_class_of(folder).from_pretrained(folder, dtype=torch.float32)
     model.set_experts_implementation("eager")
     with torch.no_grad():
         return torch.as_tensor(
@@ -132,7 +132,7 @@ def test_a_smaller_model_loads_in_stock_transformers_and_writes(
     assert result.verification is not None
     assert result.verification.verdict == "approximate"
     assert result.verification.relative_logit_error > 1e-4  # something is gone: the comparison sees it
-    model, loading = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    model, loading = auto_class_of(out).from_pretrained(out, dtype=torch.float32, output_loading_info=True)
     assert not any(loading.values()), loading
     model.set_experts_implementation("eager")
     blocks = [module for name, module in model.named_modules() if name.endswith(".experts")]

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from any_moe import auto_class_of, text_of
+from transformers import AutoConfig
 
 SIGMOIDS = ("lfm2_moe", "glm4_moe", "dots1", "solar_open", "deepseek_v3", "glm4_moe_lite", "exaone_moe", "minimax_m2")
 
@@ -34,7 +35,7 @@ class Seen:
 
 
 def stock(folder: Path, **changes: Any) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager", **changes)
+    model = auto_class_of(folder).from_pretrained(folder, dtype=torch.float64, attn_implementation="eager", **changes)
     model.set_experts_implementation("eager")
     return model.eval()
 
@@ -140,10 +141,11 @@ EXPERTS_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
 def without_experts(model: Any, folder: Path, kept: dict[int, Sequence[int]]) -> Any:
     """The same stock model with the experts of ``kept`` alone in each layer."""
     config = AutoConfig.from_pretrained(folder)
-    key = next(key for key in EXPERTS_KEYS if isinstance(getattr(config, key, None), int))
-    experts, left = getattr(config, key), len(next(iter(kept.values())))
-    setattr(config, key, left)
-    smaller = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="eager").eval()
+    own = text_of(config)
+    key = next(key for key in EXPERTS_KEYS if isinstance(getattr(own, key, None), int))
+    experts, left = getattr(own, key), len(next(iter(kept.values())))
+    setattr(own, key, left)
+    smaller = auto_class_of(folder).from_config(config, dtype=torch.float64, attn_implementation="eager").eval()
     smaller.set_experts_implementation("eager")
     state = model.state_dict()
     paths = {id(module): name for name, module in model.named_modules()}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from upcycle.architectures.fused_form import PLAIN, FusedForm
 from upcycle.architectures.tensor_origin import Origin
 
 SHARED_FFN = -1  # in the place of a routed expert's index: the shared experts, which are one FFN
@@ -65,12 +66,14 @@ class ExpertTerms(Origin):
         names: the stored tensors of the source's experts, one each, or the one that holds them all.
         part: which matrix it is, as its rows or columns are the neurons.
         scale: what it is multiplied by.
+        form: how a tensor of all experts is stored.
     """
 
     experts: tuple[tuple[Term, ...], ...] = ()
     names: tuple[str, ...] = ()
     part: Literal["gate", "up", "gate_up", "down"] = "down"
     scale: float = 1.0
+    form: FusedForm = PLAIN
 
     @property
     def fused(self) -> bool:
@@ -80,12 +83,12 @@ class ExpertTerms(Origin):
     def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the result, given that of a stored tensor: with the experts and the neurons that are taken."""
         order = self.experts[0][0].order
-        rows, columns = stored[-2:]
+        rows, columns = self.form.plain_shape(stored)[-2:]
         if order is not None and self.part == "down":
             columns = len(order)
         elif order is not None:
             rows = len(order) * (2 if self.part == "gate_up" else 1)
-        return (*((len(self.experts),) if self.fused else ()), rows, columns)
+        return self.form.stored_shape((*((len(self.experts),) if self.fused else ()), rows, columns))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,15 @@ from functools import cached_property
 from typing import Any, Literal
 
 from upcycle.architectures.expert_terms import ExpertTerms, LayerCut, Term
-from upcycle.architectures.module_paths import BELONG_TOGETHER, ModulePaths, check_layers, find_module_paths
+from upcycle.architectures.fused_form import PLAIN, FusedForm
+from upcycle.architectures.module_paths import (
+    BELONG_TOGETHER,
+    ModulePaths,
+    check_layers,
+    find_module_paths,
+    module_paths_of,
+    text_config,
+)
 from upcycle.architectures.moe_families import MoeFamily, moe_family
 from upcycle.architectures.stock import build_config
 from upcycle.architectures.tensor_origin import Origin
@@ -32,6 +40,7 @@ class ExpertRows(Origin):
 
     Normal noise, ``noise`` times the tensor's standard deviation, is added to all but the first ``kept`` of them. ``flat``: the
     stored tensor has a dimension of size 1 before that of the experts, and the written one has it, too (row), or not (vector).
+    ``form`` is that of a tensor of all experts' matrices.
     """
 
     taken: tuple[int, ...] = ()
@@ -39,6 +48,7 @@ class ExpertRows(Origin):
     noise: float = 0.0
     seed: int = 0
     flat: Literal["", "row", "vector"] = ""
+    form: FusedForm = PLAIN
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the written tensor."""
@@ -74,9 +84,10 @@ class MoeModel:
             CheckpointError: the stock class would refuse a value.
         """
         family = moe_family(raw, where)
-        if "num_hidden_layers" in raw:
-            check_layers(raw["num_hidden_layers"], specs, find_module_paths(family.name), where)
-        stock = build_config(raw, where)
+        whole = build_config(raw, where)
+        own, stock = family.text(raw), text_config(whole)
+        if "num_hidden_layers" in own:
+            check_layers(own["num_hidden_layers"], specs, _paths(family, whole), where)
         experts: Any = getattr(stock, family.experts_key, None)
         top_k: Any = getattr(stock, family.top_k_key, None)
         for key, value in ((family.experts_key, experts), (family.top_k_key, top_k)):
@@ -87,7 +98,7 @@ class MoeModel:
                 f"{where}: config.json: 'n_group' is {groups}: the router chooses groups of experts first, and another "
                 "number of experts would change which"
             )
-        return cls(
+        model = cls(
             family=family,
             raw=raw,
             specs=specs,
@@ -101,8 +112,10 @@ class MoeModel:
             vocab_size=stock.vocab_size,
             hidden_size=stock.hidden_size,
             context=stock.max_position_embeddings,
-            tied=bool(stock.tie_word_embeddings),
+            tied=bool(whole.tie_word_embeddings),
         )
+        model.__dict__["stock"] = stock  # it takes long to build
+        return model
 
     @property
     def sigmoid(self) -> bool:
@@ -110,14 +123,19 @@ class MoeModel:
         return self.family.sigmoid or self.raw.get("expert_selection_fn") == "sigmoid"
 
     @cached_property
+    def stock(self) -> Any:
+        """The stock configuration; of a model of parts, that of its text model."""
+        return text_config(build_config(self.raw, self.family.name))
+
+    @property
     def activation(self) -> str:
         """The activation of the experts, as stock configurations name it; classes without the key (LFM2) have SiLU."""
-        return str(getattr(build_config(self.raw, self.family.name), "hidden_act", "silu"))
+        return str(getattr(self.stock, "hidden_act", "silu"))
 
     @cached_property
     def module_paths(self) -> ModulePaths:
         """The paths of the parts in the stock class."""
-        return find_module_paths(self.family.name)
+        return _paths(self.family, build_config(self.raw, self.family.name) if self.family.parts else None)
 
     @cached_property
     def names(self) -> dict[int | None, list[str]]:
@@ -182,7 +200,18 @@ class MoeModel:
             else:
                 drawn = noise if role == "router" else 0.0
                 flat: Any = "row" if self.is_flat(name) else ""
-                yield name, ExpertRows(name, taken=tuple(taken), kept=self.experts, noise=drawn, seed=seed, flat=flat)
+                yield (
+                    name,
+                    ExpertRows(
+                        name,
+                        taken=tuple(taken),
+                        kept=self.experts,
+                        noise=drawn,
+                        seed=seed,
+                        flat=flat,
+                        form=self.form(name),
+                    ),
+                )
 
     def cut_origins(self, layer: int, cut: LayerCut) -> Iterator[tuple[str, Origin]]:
         """Yield the names and origins of the tensors of a layer whose experts are those of ``cut``."""
@@ -196,9 +225,11 @@ class MoeModel:
             elif role == "experts" and cut.merges:
                 part: Literal["gate_up", "down"] = "down" if is_down(name) else "gate_up"
                 scale = cut.scale if part == "down" else 1.0
-                yield name, ExpertTerms(name, experts=cut.experts, names=(name,), part=part, scale=scale)
+                form = self.form(name)
+                yield name, ExpertTerms(name, experts=cut.experts, names=(name,), part=part, scale=scale, form=form)
             else:
-                yield name, ExpertRows(name, taken=cut.rows, flat="row" if self.is_flat(name) else "")
+                flat: Any = "row" if self.is_flat(name) else ""
+                yield name, ExpertRows(name, taken=cut.rows, flat=flat, form=self.form(name))
 
     def _cut_matrix(self, prefix: str, matrix: str, cut: LayerCut) -> Iterator[tuple[str, Origin]]:
         names = tuple(f"{prefix}.{expert}.{matrix}.weight" for expert in range(self.experts))
@@ -215,19 +246,34 @@ class MoeModel:
     @cached_property
     def expert_width(self) -> int:
         """The number of neurons of one routed expert."""
-        return next(spec.shape[-1] for name, spec in self.specs.items() if is_down(name))
+        downs = ((name, spec) for name, spec in self.specs.items() if is_down(name))
+        return next(self.form(name).plain_shape(tuple(spec.shape))[-1] for name, spec in downs)
+
+    def form(self, name: str) -> FusedForm:
+        """Return how a tensor of all experts' matrices is stored; of any other tensor, that it is as it is.
+
+        transformers takes the experts of some classes in two layouts, and tells them apart by their shapes.
+        """
+        if not self.family.transposes or not _EXPERTS.fullmatch(name):
+            return PLAIN
+        return FusedForm(transposed=tuple(self.specs[name].shape) != self._fused_shape(name), square=True)
+
+    def _fused_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape that a tensor of all experts has in the stock class."""
+        width = getattr(self.stock, "moe_intermediate_size", 0)
+        rows = (self.hidden_size, width) if is_down(name) else (2 * width, self.hidden_size)
+        return (self.experts, *rows)
 
     def config_with(self, experts: int, top_k: int, width: int | None = None) -> dict[str, Any]:
         """Return ``config.json`` with the numbers under every key that spells them; ``width`` is the neurons of an expert."""
-        config = {key: value for key, value in self.raw.items() if key != "auto_map"}
+        config = self.family.text(self.raw)
         spelt = {"num_experts", "num_local_experts"} & set(config) or {self.family.experts_key}
-        config |= {**dict.fromkeys(spelt, experts), self.family.top_k_key: top_k}
+        changed = {**dict.fromkeys(spelt, experts), self.family.top_k_key: top_k}
         if width is not None and width != self.expert_width:
-            own = build_config(self.raw, self.family.name)
             # A key that the class does not read may be there, too, with another number.
             keys = ("moe_intermediate_size", "intermediate_size")
-            config[next(key for key in keys if getattr(own, key, None) == self.expert_width)] = width
-        return config
+            changed[next(key for key in keys if getattr(self.stock, key, None) == self.expert_width)] = width
+        return self.family.with_text(self.raw, changed)
 
     def expert_origins(self, layer: int) -> Iterator[tuple[int, Origin]]:
         """Yield every tensor, or part of one, that holds matrices of a single expert, after that expert's index."""
@@ -268,7 +314,9 @@ class MoeModel:
                     hint=BELONG_TOGETHER,
                 )
             sizes, found = TensorSpec(shape, "float32").elements, sum(self.specs[n].elements for n in parts[name])
-            if sizes != found or (len(parts[name]) == 1 and self.specs[parts[name][0]].shape != shape):
+            first = parts[name][0]
+            alone = self.form(first).plain_shape(tuple(self.specs[first].shape))
+            if sizes != found or (len(parts[name]) == 1 and alone != shape):
                 raise CheckpointError(
                     f"{where}: tensor '{parts[name][0]}' has shape {list(self.specs[parts[name][0]].shape)}"
                     + (f", and there are {len(parts[name])} such" if len(parts[name]) > 1 else "")
@@ -286,6 +334,10 @@ class MoeModel:
         for stored, stock in self.family.renames:
             name = name.replace(stored, stock)
         return name
+
+
+def _paths(family: MoeFamily, whole: Any) -> ModulePaths:
+    return module_paths_of(whole) if family.parts else find_module_paths(family.name)
 
 
 def matrix_of(name: str) -> str:

@@ -81,7 +81,8 @@ class MoeCheckpoint(Checkpoint):
             if role == "expert" and expert_index(name) == expert:
                 found[part] = self.read(name).float()
             elif role == "experts":
-                whole = torch.cat([*self.store.chunks(name, COPY_BLOCK_BYTES, (expert, 1))])[0].float()
+                stored = torch.cat([*self.store.chunks(name, COPY_BLOCK_BYTES, (expert, 1))])[0].float()
+                whole = self.model.form(name).plain(stored)
                 parts = {"down": whole} if part == "down" else dict(zip(("gate", "up"), whole.chunk(2), strict=True))
                 found.update(parts)
         return found
@@ -108,10 +109,10 @@ class MoeCheckpoint(Checkpoint):
 
         def matrix(expert: int) -> torch.Tensor:
             name, rows = (origin.names[0], (expert, 1)) if origin.fused else (origin.names[expert], None)
-            return torch.cat([*self.store.chunks(name, COPY_BLOCK_BYTES, rows)]).float()
+            return origin.form.plain(torch.cat([*self.store.chunks(name, COPY_BLOCK_BYTES, rows)]).float())
 
         total = sum_of_terms(terms, origin.part, matrix)
-        total = total if origin.scale == 1 else origin.scale * total
+        total = origin.form.stored(total if origin.scale == 1 else origin.scale * total)
         stored = self.store.specs[origin.names[0]].dtype if dtype == "keep" else dtype
         return self._checked(origin.name, total, stored)
 

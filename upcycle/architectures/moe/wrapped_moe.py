@@ -82,7 +82,7 @@ def stock_rule(model: MoeModel, top_k: int, biased: bool) -> TopKRule:
         biased: whether a bias is added to the scores for the choice.
     """
     scores: Any = "sigmoid" if model.sigmoid else "softmax"
-    factor = float(getattr(build_config(model.raw, model.family.name), "routed_scaling_factor", None) or 1.0)
+    factor = float(getattr(model.stock, "routed_scaling_factor", None) or 1.0)
     epsilon = model.family.epsilon if model.normalized else 0.0
     if biased or factor != 1 or epsilon:
         return BiasedTopKRule(top_k, scores, model.normalized, biased, factor, epsilon)

@@ -189,7 +189,7 @@ class Compression(Growth):
                 / len(model.moe_layers)
             ),
             source_idle=model.expert_elements // model.experts * (model.experts - model.top_k),
-            warnings=(() if exact else (LOSS_WARNING,)) + self.remarks(model, recipe, keep),
+            warnings=(() if exact else (LOSS_WARNING, *_of_parts(model))) + self.remarks(model, recipe, keep),
         )
 
     def _wrapped(
@@ -232,6 +232,12 @@ LOSS_WARNING = (
     "cuts hurt text of other kinds than the calibration's, and what the model writes, more than the perplexity of the calibrated "
     "kind shows: measure both"
 )
+
+
+def _of_parts(model: MoeModel) -> tuple[str, ...]:
+    if not model.family.parts:
+        return ()
+    return ("calibration reads text alone: what experts do for images is not seen, so measure the result on images, too",)
 
 
 def wraps(model: MoeModel, recipe: Recipe) -> bool:

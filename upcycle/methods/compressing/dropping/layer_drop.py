@@ -9,7 +9,6 @@ from pydantic import Field
 
 from upcycle.architectures.expert_terms import DenseCut, DenseMatrix, LayerCut
 from upcycle.architectures.moe.dense_twin import width_beside
-from upcycle.architectures.stock import build_config
 from upcycle.architectures.stored_moe import MoeModel
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.errors import RefusalError, UsageError
@@ -80,7 +79,7 @@ class LayerDrop(Compression):
             RefusalError: the architecture cannot have layers without experts where this would leave them.
             UsageError: it cannot have such FFNs.
         """
-        stock = build_config(model.raw, model.family.name)
+        stock = model.stock
         if model.family.name in _OTHERWISE or not any(hasattr(stock, key) for key in LISTED):
             first = ", but the first ones," if len(model.moe_layers) < model.layers else ""
             why = (
@@ -123,13 +122,12 @@ class LayerDrop(Compression):
         if not widths:
             return config
         plain = sorted({*range(model.layers)} - {*model.moe_layers} | {*widths})
-        stock = build_config(model.raw, model.family.name)
-        config[_WIDTH] = max(widths.values())
-        if hasattr(stock, "mlp_only_layers"):
-            config |= {"mlp_only_layers": plain, "decoder_sparse_step": 1}
+        changed: dict[str, Any] = {_WIDTH: max(widths.values())}
+        if hasattr(model.stock, "mlp_only_layers"):
+            changed |= {"mlp_only_layers": plain, "decoder_sparse_step": 1}
         else:
-            config["mlp_layer_types"] = ["dense" if layer in plain else "sparse" for layer in range(model.layers)]
-        return config
+            changed["mlp_layer_types"] = ["dense" if layer in plain else "sparse" for layer in range(model.layers)]
+        return model.family.with_text(config, changed)
 
     def pieces(self, model: MoeModel, cuts: Mapping[int, Cut]) -> list[Piece]:
         """Return every tensor of the result."""
