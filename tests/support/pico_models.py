@@ -336,6 +336,17 @@ PICO_MOE: dict[str, tuple[str, dict[str, Any]]] = {
             "mamba_d_state": 8,
         },
     ),
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            "num_local_experts": 4,
+            "intermediate_size": 24,
+            "swiglu_limit": 0.3,  # many are beyond
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "phimoe": ("phimoe", {"num_local_experts": 4, "intermediate_size": 24, "router_jitter_noise": 0.3}),
+    "phimoe-constant": ("phimoe", {"num_local_experts": 4, "intermediate_size": 24, "router_jitter_noise": 0.0}),
     "hunyuan_v1_moe": ("hunyuan_v1_moe", {"num_experts": 4, "moe_topk": 2}),
     "lfm2_moe": ("lfm2_moe", {"num_experts": 4, "layer_types": ["conv", "full_attention"], "num_dense_layers": 0}),
     "glm4_moe": ("glm4_moe", {**_SIGMOID, "first_k_dense_replace": 1}),

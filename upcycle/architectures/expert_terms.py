@@ -64,14 +64,14 @@ class ExpertTerms(Origin):
     Attributes:
         experts: the terms of every expert in the tensor.
         names: the stored tensors of the source's experts, one each, or the one that holds them all.
-        part: which matrix it is, as its rows or columns are the neurons.
+        part: which matrix it is, as its rows or columns are the neurons, or which biases.
         scale: what it is multiplied by.
         form: how a tensor of all experts is stored.
     """
 
     experts: tuple[tuple[Term, ...], ...] = ()
     names: tuple[str, ...] = ()
-    part: Literal["gate", "up", "gate_up", "down"] = "down"
+    part: Literal["gate", "up", "gate_up", "down", "gate_up_bias", "down_bias"] = "down"
     scale: float = 1.0
     form: FusedForm = PLAIN
 
@@ -83,6 +83,9 @@ class ExpertTerms(Origin):
     def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the result, given that of a stored tensor: with the experts and the neurons that are taken."""
         order = self.experts[0][0].order
+        if self.part == "down_bias" or self.part == "gate_up_bias":
+            length = stored[-1] if order is None or self.part == "down_bias" else 2 * len(order)
+            return (len(self.experts), length)
         rows, columns = self.form.plain_shape(stored)[-2:]
         if order is not None and self.part == "down":
             columns = len(order)

@@ -58,6 +58,12 @@ class FusedForm:
 
 
 PLAIN = FusedForm()
+_CLAMPED = {"gate_up": FusedForm(transposed=True, interleaved=True), "down": FusedForm(transposed=True)}
+
+
+def clamped_form(part: str) -> FusedForm:
+    """Return how GPT-OSS's class and files hold ``gate_up`` or ``down``; biases are plain but for gate and up in turns."""
+    return _CLAMPED.get(part, PLAIN)
 
 
 def form_of(origin: object) -> FusedForm:

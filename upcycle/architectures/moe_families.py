@@ -24,6 +24,8 @@ class MoeFamily:
         epsilon: what is added to the sum that normalised weights are divided by, where a float can tell.
         normalized: whether the chosen experts' weights sum to 1; None: the configuration says.
         renames: pairs of texts, the second of which replaces the first in a stored name to give the stock module's name.
+        sparse_mixer: whether routers weigh by SparseMixer (arXiv 2409.12136), which chooses two experts whatever the configuration says.
+        clamped: whether experts are GPT-OSS's: with biases, a clamped SwiGLU, and inputs before outputs, gate and up in turns.
         parts: whether the MoE is the text model inside a class with other parts, such as an encoder of images.
         transposes: whether transformers takes the matrices of all experts the other way round, too.
     """
@@ -35,6 +37,8 @@ class MoeFamily:
     epsilon: float = 0.0
     normalized: bool | None = None
     renames: tuple[tuple[str, str], ...] = ()
+    sparse_mixer: bool = False
+    clamped: bool = False
     parts: bool = False
     transposes: bool = False
 
@@ -56,6 +60,7 @@ _GRANITE = (
     (".block_sparse_moe.output_linear.weight", ".block_sparse_moe.experts.down_proj"),
 )
 _OLD_BLOCK = (".block_sparse_moe.", ".mlp.")
+_PHI = ((".block_sparse_moe.gate.weight", ".mlp.router.weight"), _OLD_BLOCK)
 _LISTED = (
     MoeFamily("mixtral", "num_local_experts", renames=(_OLD_BLOCK,)),
     MoeFamily("qwen2_moe"),
@@ -72,6 +77,8 @@ _LISTED = (
     MoeFamily("granitemoeshared", "num_local_experts", renames=_GRANITE),
     MoeFamily("granitemoe_swa", "num_local_experts"),
     MoeFamily("granitemoehybrid", "num_local_experts", renames=_GRANITE),
+    MoeFamily("gpt_oss", "num_local_experts", normalized=True, clamped=True),
+    MoeFamily("phimoe", "num_local_experts", normalized=False, renames=_PHI, sparse_mixer=True),
     MoeFamily("hunyuan_v1_moe", top_k_key="moe_topk"),
     MoeFamily("lfm2_moe", sigmoid=True, epsilon=1e-6),
     MoeFamily("glm4_moe", "n_routed_experts", sigmoid=True),

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from upcycle.architectures.expert_terms import ExpertTerms, LayerCut, Term
-from upcycle.architectures.fused_form import PLAIN, FusedForm
+from upcycle.architectures.fused_form import PLAIN, FusedForm, clamped_form
 from upcycle.architectures.module_paths import (
     BELONG_TOGETHER,
     ModulePaths,
@@ -24,11 +24,14 @@ from upcycle.architectures.tensor_origin import Origin
 from upcycle.errors import CheckpointError, RefusalError
 from upcycle.files.formats.tensor_spec import TensorSpec
 
-Role = Literal["expert", "experts", "router", "bias", "other"]
+Role = Literal["expert", "experts", "expert biases", "router", "router bias", "bias", "other"]
 
 
+SPARSE_MIXED = 2  # experts that SparseMixer chooses
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight")
 _EXPERTS = re.compile(r".+\.(experts\.gate_up_proj|experts\.down_proj|block_sparse_moe\.(input|output)_linear\.weight)")
+_BIASES = re.compile(r".+\.experts\.(gate_up|down)_proj_bias")
+_ROUTER_BIAS = re.compile(r".+\.mlp\.router\.bias")
 _ROUTER = re.compile(r".+\.(mlp|block_sparse_moe|feed_forward)\.((gate|gate\.wg|router|router\.layer)\.weight)")
 _BIAS = re.compile(r".+\.((gate|mlp|block_sparse_moe|moe_statics)\.e_score_correction_bias|feed_forward\.expert_bias)")
 _MATRICES = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2": "down", "down_proj": "down"}
@@ -93,6 +96,10 @@ class MoeModel:
         for key, value in ((family.experts_key, experts), (family.top_k_key, top_k)):
             if not isinstance(value, int) or value < 1:
                 raise CheckpointError(f"{where}: config.json: '{key}' must be a positive integer, got {value!r}")
+        if family.sparse_mixer and top_k != SPARSE_MIXED:
+            raise CheckpointError(
+                f"{where}: config.json: '{family.top_k_key}' is {top_k}, and a {family.name} router always chooses {SPARSE_MIXED}"
+            )
         if (groups := getattr(stock, "n_group", 1) or 1) > 1:
             raise RefusalError(
                 f"{where}: config.json: 'n_group' is {groups}: the router chooses groups of experts first, and another "
@@ -121,6 +128,16 @@ class MoeModel:
     def sigmoid(self) -> bool:
         """Whether scores are sigmoids of the logits; Cohere's configuration says which."""
         return self.family.sigmoid or self.raw.get("expert_selection_fn") == "sigmoid"
+
+    @property
+    def jitter(self) -> float | None:
+        """SparseMixer's noise, which tells how near a logit must be to share a weight; None: routers have no SparseMixer."""
+        return float(self.stock.router_jitter_noise) if self.family.sparse_mixer else None
+
+    @property
+    def clamp(self) -> tuple[float, float] | None:
+        """Of GPT-OSS's activation, the factor inside the sigmoid and the largest number; None: experts have another one."""
+        return (float(self.stock.swiglu_alpha), float(self.stock.swiglu_limit)) if self.family.clamped else None
 
     @cached_property
     def stock(self) -> Any:
@@ -151,13 +168,18 @@ class MoeModel:
         return found
 
     def role(self, name: str) -> Role:
-        """Return what a tensor holds: a matrix of one expert or of all, the router's rows, the router's bias, or anything else."""
+        """Return what a tensor holds: a matrix of one expert or of all, or these's biases, the router's rows, what is added to its
+        logits, what is added for the choice alone, or anything else.
+        """
         if self.module_paths.layer_of(name) is None:
             return "other"
         if _EXPERT.fullmatch(name):
             return "expert"
         tall = tuple(self.specs[name].shape[:1]) == (self.experts,) or self.is_flat(name)
-        kinds: tuple[tuple[re.Pattern[str], Role], ...] = ((_EXPERTS, "experts"), (_ROUTER, "router"), (_BIAS, "bias"))
+        kinds: tuple[tuple[re.Pattern[str], Role], ...] = (
+            *((_EXPERTS, "experts"), (_BIASES, "expert biases"), (_ROUTER, "router")),
+            *((_ROUTER_BIAS, "router bias"), (_BIAS, "bias")),
+        )
         return next((role for pattern, role in kinds if tall and pattern.fullmatch(name)), "other")
 
     def is_flat(self, name: str) -> bool:
@@ -179,7 +201,8 @@ class MoeModel:
     @property
     def expert_elements(self) -> int:
         """The number of parameters in all routed experts of all layers."""
-        return sum(self.specs[name].elements for name in self.specs if self.role(name) in ("expert", "experts"))
+        held = ("expert", "experts", "expert biases")
+        return sum(self.specs[name].elements for name in self.specs if self.role(name) in held)
 
     def origins(self, layer: int, taken: Sequence[int], noise: float, seed: int) -> Iterator[tuple[str, Origin]]:
         """Yield the names and origins of the tensors of a layer that has the experts ``taken`` of this model's layer.
@@ -222,9 +245,9 @@ class MoeModel:
                     yield from self._cut_matrix(match[1], match[3], cut)
             elif role == "other":
                 yield name, Origin(name)
-            elif role == "experts" and cut.merges:
-                part: Literal["gate_up", "down"] = "down" if is_down(name) else "gate_up"
-                scale = cut.scale if part == "down" else 1.0
+            elif role in ("experts", "expert biases") and cut.merges:
+                part: Any = matrix_of(name)
+                scale = cut.scale if part in ("down", "down_bias") else 1.0
                 form = self.form(name)
                 yield name, ExpertTerms(name, experts=cut.experts, names=(name,), part=part, scale=scale, form=form)
             else:
@@ -254,6 +277,8 @@ class MoeModel:
 
         transformers takes the experts of some classes in two layouts, and tells them apart by their shapes.
         """
+        if self.family.clamped:
+            return clamped_form(matrix_of(name))
         if not self.family.transposes or not _EXPERTS.fullmatch(name):
             return PLAIN
         return FusedForm(transposed=tuple(self.specs[name].shape) != self._fused_shape(name), square=True)
@@ -266,6 +291,11 @@ class MoeModel:
 
     def config_with(self, experts: int, top_k: int, width: int | None = None) -> dict[str, Any]:
         """Return ``config.json`` with the numbers under every key that spells them; ``width`` is the neurons of an expert."""
+        if self.family.sparse_mixer and top_k != SPARSE_MIXED:
+            raise RefusalError(
+                f"top_k {top_k}: a '{self.family.name}' router always chooses {SPARSE_MIXED} experts, whatever config.json says",
+                hint="leave the number of experts per token as it is",
+            )
         config = self.family.text(self.raw)
         spelt = {"num_experts", "num_local_experts"} & set(config) or {self.family.experts_key}
         changed = {**dict.fromkeys(spelt, experts), self.family.top_k_key: top_k}
@@ -281,7 +311,7 @@ class MoeModel:
             role, match = self.role(name), _EXPERT.fullmatch(name)
             if role == "expert" and match:
                 yield int(match[2]), Origin(name)
-            elif role == "experts":
+            elif role in ("experts", "expert biases"):
                 yield from ((expert, ExpertRows(name, taken=(expert,))) for expert in range(self.experts))
 
     def stock_parts(self, layer: int | None) -> dict[str, list[str]]:
@@ -315,7 +345,8 @@ class MoeModel:
                 )
             sizes, found = TensorSpec(shape, "float32").elements, sum(self.specs[n].elements for n in parts[name])
             first = parts[name][0]
-            alone = self.form(first).plain_shape(tuple(self.specs[first].shape))
+            alone = tuple(self.specs[first].shape)
+            alone = alone if self.family.clamped else self.form(first).plain_shape(alone)
             if sizes != found or (len(parts[name]) == 1 and alone != shape):
                 raise CheckpointError(
                     f"{where}: tensor '{parts[name][0]}' has shape {list(self.specs[parts[name][0]].shape)}"
@@ -341,9 +372,14 @@ def _paths(family: MoeFamily, whole: Any) -> ModulePaths:
 
 
 def matrix_of(name: str) -> str:
-    """Return which matrix a stored tensor of experts holds: gate, up, gate_up (of fused ones) or down; empty: none."""
+    """Return which matrix a stored tensor of experts holds: gate, up, gate_up (of fused ones) or down; empty: none.
+
+    Biases of fused ones are gate_up_bias and down_bias.
+    """
     if match := _EXPERT.fullmatch(name):
         return _MATRICES.get(match[3], match[3])
+    if match := _BIASES.fullmatch(name):
+        return f"{match[1]}_bias"
     if not _EXPERTS.fullmatch(name):
         return ""
     return "down" if "down_proj" in name or "output_linear" in name else "gate_up"

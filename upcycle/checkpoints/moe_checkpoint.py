@@ -64,7 +64,7 @@ class MoeCheckpoint(Checkpoint):
                     yield self._checked(origin.name, block, dtype)
 
     def matrices(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
-        """Return an expert's matrices in fp32: gate and up ``[F, d]``, down ``[d, F]``.
+        """Return an expert's matrices in fp32: gate and up ``[F, d]``, down ``[d, F]``; and its biases, where it has some.
 
         ``SHARED_FFN`` stands for the shared ones.
         """
@@ -85,6 +85,9 @@ class MoeCheckpoint(Checkpoint):
                 whole = self.model.form(name).plain(stored)
                 parts = {"down": whole} if part == "down" else dict(zip(("gate", "up"), whole.chunk(2), strict=True))
                 found.update(parts)
+            elif role == "expert biases":
+                own = torch.cat([*self.store.chunks(name, COPY_BLOCK_BYTES, (expert, 1))])[0].float()
+                found |= {"gate_bias": own[::2], "up_bias": own[1::2]} if part == "gate_up_bias" else {part: own}
         return found
 
     def _packed(self, origin: PackedMatrix, terms: Sequence[Term], dtype: str) -> torch.Tensor:
@@ -112,6 +115,7 @@ class MoeCheckpoint(Checkpoint):
             return origin.form.plain(torch.cat([*self.store.chunks(name, COPY_BLOCK_BYTES, rows)]).float())
 
         total = sum_of_terms(terms, origin.part, matrix)
+        # Vectors are ``[1, rows]``, and their form is plain.
         total = origin.form.stored(total if origin.scale == 1 else origin.scale * total)
         stored = self.store.specs[origin.names[0]].dtype if dtype == "keep" else dtype
         return self._checked(origin.name, total, stored)
@@ -193,6 +197,10 @@ def reordered(matrix: torch.Tensor, part: str, order: torch.Tensor) -> torch.Ten
 
     if part == "down":
         return matrix[..., order]
+    if part == "down_bias":
+        return matrix
+    if part == "gate_up_bias":  # gate and up take turns
+        return matrix.unflatten(-1, (-1, 2))[..., order, :].flatten(-2)
     if part == "gate_up":
         gate, up = matrix.chunk(2, -2)
         return torch.cat([gate[..., order, :], up[..., order, :]], -2)

@@ -50,6 +50,9 @@ if TYPE_CHECKING:
     from upcycle.verification.verdict import Verification
 
 
+_MATRICES = ("gate", "up", "gate_up", "down")
+
+
 @dataclass(frozen=True)
 class CompressConversion(CompressJob, GrowthConversion):
     """A job that leaves out or merges experts. Implements :class:`upcycle.conversion.job.ConversionJob`."""
@@ -257,13 +260,14 @@ class CompressConversion(CompressJob, GrowthConversion):
 
     def _is_product(self, entry: OutputEntry) -> bool:
         """Return whether a tensor holds products of factors in the place of experts' matrices."""
-        return self.compression.factored and self.changes and not self.wraps and self._part(entry) not in ("", "router")
+        return self.compression.factored and self.changes and not self.wraps and self._part(entry) in _MATRICES
 
     def _is_made(self, entry: OutputEntry) -> bool:
         """Return whether a tensor is one that the method made anew, or holds one."""
         if not self.changes or not self.compression.makes:
             return False
-        return bool({*self._part(entry).split("_")} & self.compression.makes)
+        part = self._part(entry)
+        return part in ("router", *_MATRICES) and bool({*part.split("_")} & self.compression.makes)
 
     def _made(self, unit: Unit, folder: Path) -> dict[str, torch.Tensor]:
         if unit.layer is None or not self.changes or not self.compression.makes or unit.layer not in read_cuts(folder):

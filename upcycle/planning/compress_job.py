@@ -199,6 +199,13 @@ def checked_compression(job: C) -> C:
             + (f" into {WRAPPED}" if job.wraps else ""),
             hint="--refit down, blocks or none" if trains else "--refit down or none",
         )
+    clamped = job.moe.family.clamped
+    if clamped and (recipe.refit == "blocks" or made.ternary):
+        what = f"{recipe.method} rounds" if made.ternary else "refit: blocks trains"
+        raise RefusalError(
+            f"{what} gate, up and down of experts alone, and those of a '{job.moe.family.name}' model have biases, too",
+            hint="another method" if made.ternary else "--refit down",
+        )
     if recipe.refit == "down" and not job.compression.refits:
         raise UsageError(
             f"refit: down would fill the zeros that {recipe.method} makes", hint="--refit none, or leave it out"

@@ -61,6 +61,10 @@ def wrapped_moe(
     Raises:
         RefusalError: no dense family has its block, or its layers without experts have FFNs of several widths.
     """
+    if model.family.sparse_mixer:
+        raise RefusalError(
+            f"{where}: no router of upcycle_moe weighs experts as SparseMixer does, by which '{model.family.name}' routes", hint=_ELSE
+        )
     twin = dense_twin(model, _dense_width(model, where), "auto", made_of, where, _ELSE)
     names = {layer: _roles(model, layer) for layer in model.moe_layers}
     replaced = _replaced(model, twin, cuts, rules, names)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from upcycle.architectures.fused_form import clamped_form
 from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.models.stock_layers import layers_of
 
@@ -77,7 +78,11 @@ class _Expert:
             found = self._checkpoint.matrices(layer, expert)
             if self._dtype is not None:
                 found = {part: matrix.to(self._dtype).float() for part, matrix in found.items()}
-            self._matrices = {key: torch.cat([found.pop(part) for part in parts]) for key, parts in _PARTS.items()}
+            fused = {key: torch.cat([found[part] for part in parts]) for key, parts in _PARTS.items()}
+            if self._checkpoint.model.family.clamped:
+                forms = {key: clamped_form("_".join(parts)) for key, parts in _PARTS.items()}
+                fused = {key: forms[key].stored(matrix) for key, matrix in fused.items()}
+            self._matrices = fused
             self._held = layer, expert
         return self._matrices[name]
 

@@ -178,6 +178,12 @@ def check_can_be_expert(model: MoeModel, source: Described, added: Described) ->
             hint="name a text model",
         )
     moe = model.family.name
+    if model.family.clamped:
+        raise RefusalError(
+            f"{source.where}: the experts of a '{moe}' model have biases and a clamped activation, and no dense model known here has "
+            "such FFNs",
+            hint="--method expert_upcycling copies experts that it has",
+        )
     able = [name for name in FAMILIES if moe in load("family", name).targets] if moe in TARGETS else []
     if able and family.name not in able:
         raise RefusalError(

@@ -133,6 +133,8 @@ class ExpertUpcycling(Growth):
         times, rest = divmod(experts, model.experts)
         if self.parameters.utility != "uniform" or rest:
             return "approximate", f"experts that are copied more often take more of the {top_k} slots"
+        if model.family.sparse_mixer:
+            return "approximate", "SparseMixer chooses copies of one expert, and divides the first weight among them"
         same = _same_as(model, times, top_k)
         if not same and model.sigmoid and not model.normalized:
             return "approximate", "weights that are not normalised add up to more with every copy"
