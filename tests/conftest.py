@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from any_moe import STORED_TRANSPOSED, auto_of, moe_settings, transpose_experts
-from pico_models import COMMON, MOE_COMMON, PICO, PICO_MOE
+from pico_models import COMMON, PICO, PICO_MOE
 from pico_towers import make_tower
 
 from upcycle.files.locate import DEMO_FOLDER

@@ -77,5 +77,5 @@ def test_a_dense_model_is_told_what_makes_a_moe_of_it() -> None:
 
 def test_unknown_moes_are_told_the_known_ones() -> None:
     with pytest.raises(RefusalError) as caught:
-        moe_family({"model_type": "gpt_oss"}, "here")
+        moe_family({"model_type": "jamba"}, "here")
     assert all(name in (caught.value.hint or "") for name in MOES)

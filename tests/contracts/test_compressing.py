@@ -65,12 +65,19 @@ ONE_WIDTH = (  # of routed and shared experts
     ),
     *("exaone_moe", "ernie4_5_moe"),
 )
+MIXED = ("phimoe", "phimoe-constant")  # two experts by SparseMixer, whatever the configuration says
+REFUSED = {  # what cannot be done truly, and why
+    **{("lower_top_k", name): "top_k 1: a 'phimoe' router always chooses 2 experts" for name in MIXED},
+    **{("resplit", name): "SparseMixer, by which a 'phimoe' routes, divides weights" for name in MIXED},
+    ("resplit", "gpt_oss"): "every expert adds a bias to its output, and finer ones would add it once each",
+    ("qmoe", "gpt_oss"): "qmoe rounds gate, up and down of experts alone, and those of a 'gpt_oss' model have biases",
+}
 CELLS = [
     (method, name, fused)
     for method in NAMES
     for name in PICO_MOE
     for fused in (False, True)
-    if method not in INSIDE or name not in ONE_WIDTH
+    if (method not in INSIDE or name not in ONE_WIDTH) and (method, name) not in REFUSED
 ]
 
 
@@ -99,6 +106,18 @@ def test_experts_whose_width_is_another_matrix_too_are_not_made_narrower(
 ) -> None:
     with pytest.raises(RefusalError, match=r"their width in config\.json is that of '.*shared.*', too"):
         upcycle.plan(str(pico_moe(name)), method=method, **quick(method))
+
+
+@pytest.mark.parametrize(("method", "name"), REFUSED)
+def test_what_an_architecture_cannot_have_is_refused_with_the_reason(method: str, name: str, pico_moe: Models) -> None:
+    with pytest.raises(RefusalError, match=REFUSED[method, name]) as caught:
+        upcycle.plan(str(pico_moe(name)), method=method, **quick(method))
+    assert caught.value.hint
+
+
+def test_experts_with_biases_are_not_trained_by_blocks(pico_moe: Models) -> None:
+    with pytest.raises(RefusalError, match="refit: blocks trains gate, up and down of experts alone"):
+        upcycle.plan(str(pico_moe("gpt_oss")), method="reap", refit="blocks", **QUICK)
 
 
 def test_every_method_and_architecture_is_here() -> None:
@@ -184,8 +203,9 @@ def tries(method: str) -> bool:
     [
         (method, name)
         for method in NAMES
-        for name in ("mixtral", "dots1", "granitemoe")
-        if method not in ("random_experts", "sparse_experts")
+        for name in ("mixtral", "dots1", "granitemoe", "qwen3_vl_moe", "gpt_oss", "phimoe")
+        if (method, name) not in REFUSED
+        and method not in ("random_experts", "sparse_experts")
         and (method not in INSIDE or name not in ONE_WIDTH)
         and (method, name) != ("resplit", "granitemoe")  # finer experts with equal rows, of which top-k takes any
     ],

@@ -60,7 +60,9 @@ def row_tensors(block: Any, experts: int) -> dict[str, torch.Tensor]:
 
 def neurons(experts: Any, x: torch.Tensor, expert: int) -> torch.Tensor:
     """The activations ``[t, F]`` of an expert."""
-    if hasattr(experts, "gate_up_proj_bias"):  # GPT-OSS: gate and up in turns, clamped, with a factor inside the sigmoid
+    if hasattr(
+        experts, "gate_up_proj_bias"
+    ):  # GPT-OSS: gate and up in turns, clamped, with a factor inside the sigmoid
         both = x @ experts.gate_up_proj[expert] + experts.gate_up_proj_bias[expert]
         gate, up = both[:, ::2].clamp(max=experts.limit), both[:, 1::2].clamp(-experts.limit, experts.limit)
         return torch.as_tensor(gate / (1 + torch.exp(-experts.alpha * gate)) * (up + 1))

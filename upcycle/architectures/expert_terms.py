@@ -83,7 +83,7 @@ class ExpertTerms(Origin):
     def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the result, given that of a stored tensor: with the experts and the neurons that are taken."""
         order = self.experts[0][0].order
-        if self.part == "down_bias" or self.part == "gate_up_bias":
+        if self.part in ("down_bias", "gate_up_bias"):
             length = stored[-1] if order is None or self.part == "down_bias" else 2 * len(order)
             return (len(self.experts), length)
         rows, columns = self.form.plain_shape(stored)[-2:]
@@ -170,11 +170,12 @@ class BlockCut:
 
 @dataclass(frozen=True)
 class DenseMatrix(Origin):
-    """The origin of a matrix of such an FFN; ``name`` is a stored tensor whose dtype it is written in."""
+    """The origin of a matrix of such an FFN; ``name`` is a stored tensor whose dtype it is written in, held as ``source`` says."""
 
     layer: int = 0
     part: Literal["gate", "up", "down"] = "down"
     cut: DenseCut = DenseCut(0)
+    source: FusedForm = PLAIN
 
     def shape(self, hidden: int) -> tuple[int, ...]:
         """Return its shape in a model of a hidden size."""

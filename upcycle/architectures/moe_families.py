@@ -24,7 +24,7 @@ class MoeFamily:
         epsilon: what is added to the sum that normalised weights are divided by, where a float can tell.
         normalized: whether the chosen experts' weights sum to 1; None: the configuration says.
         renames: pairs of texts, the second of which replaces the first in a stored name to give the stock module's name.
-        sparse_mixer: whether routers weigh by SparseMixer (arXiv 2409.12136), which chooses two experts whatever the configuration says.
+        sparse_mixer: whether routers weigh by SparseMixer (arXiv 2409.12136), which always chooses two experts.
         clamped: whether experts are GPT-OSS's: with biases, a clamped SwiGLU, and inputs before outputs, gate and up in turns.
         parts: whether the MoE is the text model inside a class with other parts, such as an encoder of images.
         transposes: whether transformers takes the matrices of all experts the other way round, too.

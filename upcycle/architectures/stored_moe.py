@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -222,19 +222,8 @@ class MoeModel:
                 yield name, Origin(name)
             else:
                 drawn = noise if role == "router" else 0.0
-                flat: Any = "row" if self.is_flat(name) else ""
-                yield (
-                    name,
-                    ExpertRows(
-                        name,
-                        taken=tuple(taken),
-                        kept=self.experts,
-                        noise=drawn,
-                        seed=seed,
-                        flat=flat,
-                        form=self.form(name),
-                    ),
-                )
+                rows = ExpertRows(name, taken=tuple(taken), kept=self.experts, noise=drawn, seed=seed)
+                yield name, replace(rows, flat="row" if self.is_flat(name) else "", form=self.form(name))
 
     def cut_origins(self, layer: int, cut: LayerCut) -> Iterator[tuple[str, Origin]]:
         """Yield the names and origins of the tensors of a layer whose experts are those of ``cut``."""

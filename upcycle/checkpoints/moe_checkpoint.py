@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 from upcycle.architectures.expert_terms import SHARED_FFN, DenseMatrix, ExpertTerms, FfnPart, PackedMatrix, Term
 from upcycle.architectures.moe.dense_twin import beside_routed
 from upcycle.architectures.moe_families import moe_family
-from upcycle.architectures.stock_classes import stock_shapes
+from upcycle.architectures.stock import empty_model
+from upcycle.architectures.stock_classes import not_loaded, stock_shapes
 from upcycle.architectures.stored_moe import ExpertRows, MoeModel, expert_index, matrix_of
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.checkpoints.checkpoint import COPY_BLOCK_BYTES, Checkpoint
+from upcycle.checkpoints.tensor_store import RenamedStore, TensorStore
 from upcycle.files.formats.packed_folder import PackedFolder
 from upcycle.files.formats.tensor_names import quantized_weights, refuse_quantized
 from upcycle.files.locate import Source
@@ -41,7 +43,15 @@ class MoeCheckpoint(Checkpoint):
         self.model.check(stock_shapes(self.raw_config), source.name)
 
     def _identify(self) -> None:
-        moe_family(self.raw_config, self.source.name)
+        self._family = moe_family(self.raw_config, self.source.name)
+
+    def _named(self, store: TensorStore) -> TensorStore:
+        """Return the store without what the class of a model of parts leaves out when it loads: layers that predict further."""
+        if not self._family.parts:
+            return store
+        left_out = not_loaded(empty_model(self.raw_config, self.source.name))
+        names = {name: name for name in store.specs if not left_out.search(name)}
+        return store if len(names) == len(store.specs) else RenamedStore(store, names)
 
     def blocks(self, origin: Origin, dtype: str = "keep") -> Iterator[torch.Tensor]:
         """Yield a tensor of the result: as it is stored, or the wanted experts of it, in one or more blocks each."""
@@ -200,7 +210,8 @@ def reordered(matrix: torch.Tensor, part: str, order: torch.Tensor) -> torch.Ten
     if part == "down_bias":
         return matrix
     if part == "gate_up_bias":  # gate and up take turns
-        return matrix.unflatten(-1, (-1, 2))[..., order, :].flatten(-2)
+        pairs = matrix.unflatten(-1, (-1, 2))
+        return torch.as_tensor(pairs[..., order, :].flatten(-2))
     if part == "gate_up":
         gate, up = matrix.chunk(2, -2)
         return torch.cat([gate[..., order, :], up[..., order, :]], -2)

@@ -91,10 +91,7 @@ def compare_parts(
 ) -> MediaCheck:
     """Run both models on texts with images that were held out of a calibration (``held``), or else as :func:`compare_media`."""
     with progress.phase(f"comparing on a text with {with_article(wrapper.kind)}", 1):
-        if held:
-            found = compare_held_out(judge, result, held)
-        else:
-            found = compare_media(judge, result, wrapper, folder, seed)
+        found = compare_held_out(judge, result, held) if held else compare_media(judge, result, wrapper, folder, seed)
         progress.advance()
     if found.error is None:
         progress.note(found.what)

@@ -101,8 +101,13 @@ def dense_twin(
     name = model.family.name
     if model.family.parts:
         raise RefusalError(
-            f"{where}: a '{name}' model has other parts beside its text model, and dense models and upcycle_moe are made of text models "
-            "alone",
+            f"{where}: a '{name}' model has other parts beside its text model, and dense models and upcycle_moe are made of text "
+            "models alone",
+            hint=hint or "methods that leave out or merge experts keep the architecture: --method naee --keep 0.5",
+        )
+    if model.family.clamped:
+        raise RefusalError(
+            f"{where}: the experts of a '{name}' model have biases and a clamped activation, as no dense FFN made of them here has",
             hint=hint or "methods that leave out or merge experts keep the architecture: --method naee --keep 0.5",
         )
     able = [family for family in FAMILIES if name in load("family", family).targets] if name in TARGETS else []

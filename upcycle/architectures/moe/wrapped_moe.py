@@ -63,7 +63,8 @@ def wrapped_moe(
     """
     if model.family.sparse_mixer:
         raise RefusalError(
-            f"{where}: no router of upcycle_moe weighs experts as SparseMixer does, by which '{model.family.name}' routes", hint=_ELSE
+            f"{where}: no router of upcycle_moe weighs experts as SparseMixer does, by which '{model.family.name}' routes",
+            hint=_ELSE,
         )
     twin = dense_twin(model, _dense_width(model, where), "auto", made_of, where, _ELSE)
     names = {layer: _roles(model, layer) for layer in model.moe_layers}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from upcycle.architectures.fused_form import clamped_form
+from upcycle.checkpoints.tensor_store import whole_store
 from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.models.stock_layers import layers_of
 
@@ -29,7 +30,7 @@ def layers_with_experts_in_files(checkpoint: MoeCheckpoint, dtype: str) -> Layer
         checkpoint: the MoE. One that is stored in FP8 is read with the experts of a layer together.
         dtype: the dtype to round weights to, as a recipe's ``dtype`` means it.
     """
-    if type(checkpoint.store) is not SafetensorsFolder:
+    if type(whole_store(checkpoint.store)) is not SafetensorsFolder:
         return layers_of(checkpoint, dtype)
     return _ExpertsInFiles(checkpoint, dtype)
 

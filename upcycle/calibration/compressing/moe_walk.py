@@ -279,8 +279,12 @@ def active_neurons(experts: Any, x: torch.Tensor, expert: int) -> torch.Tensor:
     if isinstance(experts, PackedExperts | FactoredExperts):
         return experts.active(x, expert)
     active: torch.Tensor
-    if is_clamped(experts):  # the class has inputs before outputs, and computes what it makes of gate and up, which take turns
-        active = experts._apply_gate(x @ experts.gate_up_proj[expert].detach() + experts.gate_up_proj_bias[expert].detach())
+    if is_clamped(
+        experts
+    ):  # the class has inputs before outputs, and computes what it makes of gate and up, which take turns
+        active = experts._apply_gate(
+            x @ experts.gate_up_proj[expert].detach() + experts.gate_up_proj_bias[expert].detach()
+        )
         return active
     gate, up = linear(x, experts.gate_up_proj[expert].detach()).chunk(2, dim=-1)
     active = experts.act_fn(gate) * up

@@ -226,7 +226,9 @@ def _cut_tensor(
         return whole
     if not of_experts:
         return (whole[:, list(cut.rows)] if len(whole) == 1 else whole[list(cut.rows)]).clone()
-    part = "down" if name.removesuffix("_bias").endswith("down_proj") else "gate_up"  # where d is 2 F, both have one shape
+    part = (
+        "down" if name.removesuffix("_bias").endswith("down_proj") else "gate_up"
+    )  # where d is 2 F, both have one shape
     if name.endswith("_bias"):
         form, which = PLAIN, f"{part}_bias"
     else:

@@ -37,7 +37,6 @@ from upcycle.methods.compressing.observations import MOST_GRAM
 from upcycle.models.stock_model import folder_model
 from upcycle.notebook import IN_NOTEBOOKS
 from upcycle.progress import Progress
-from upcycle.registry import FAMILIES
 from upcycle.text.mixture import text_names
 from upcycle.text.reading.plain_text import SELF_WRITTEN
 

@@ -237,7 +237,9 @@ LOSS_WARNING = (
 def _of_parts(model: MoeModel) -> tuple[str, ...]:
     if not model.family.parts:
         return ()
-    return ("calibration reads text alone: what experts do for images is not seen, so measure the result on images, too",)
+    return (
+        "calibration reads text alone: what experts do for images is not seen, so measure the result on images, too",
+    )
 
 
 def wraps(model: MoeModel, recipe: Recipe) -> bool:

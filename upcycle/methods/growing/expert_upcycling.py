@@ -131,10 +131,10 @@ class ExpertUpcycling(Growth):
     def _promise(self, model: MoeModel, experts: int, top_k: int) -> Promise:
         """See the class."""
         times, rest = divmod(experts, model.experts)
-        if self.parameters.utility != "uniform" or rest:
-            return "approximate", f"experts that are copied more often take more of the {top_k} slots"
-        if model.family.sparse_mixer:
-            return "approximate", "SparseMixer chooses copies of one expert, and divides the first weight among them"
+        if self.parameters.utility != "uniform" or rest or model.family.sparse_mixer:
+            why = f"experts that are copied more often take more of the {top_k} slots"
+            mixed = "SparseMixer chooses copies of one expert, and divides the first weight among them"
+            return "approximate", mixed if model.family.sparse_mixer else why
         same = _same_as(model, times, top_k)
         if not same and model.sigmoid and not model.normalized:
             return "approximate", "weights that are not normalised add up to more with every copy"

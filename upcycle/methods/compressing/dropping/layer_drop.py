@@ -44,7 +44,8 @@ class LayerDrop(Compression):
     expert's, by default) takes the place of the experts, the routed and shared neurons that add most to the output, times their
     expert's mean weight. The refit then fits it, and the experts of the layers behind it, to the uncut model's stream.
 
-    Only architectures whose configuration lists the layers without experts can hold the result: Qwen2-MoE, Qwen3-MoE, Mellum.
+    Only architectures whose configuration lists the layers without experts can hold the result: Qwen2-MoE, Qwen3-MoE, Mellum,
+    Qwen3-VL-MoE.
 
     Deviations: the paper leaves nothing in the place of the experts, and takes the norm before them out, too; it does not refit.
     """
@@ -169,5 +170,6 @@ def _dense_tensors(model: MoeModel, layer: int, cut: DenseCut) -> dict[str, Orig
     tensors: dict[str, Origin] = {name: Origin(name) for name in model.names[layer] if not name.startswith(block)}
     for part in ("gate", "up", "down"):
         stored = stored_expert(model, layer, part)
-        tensors[f"{block}{part}_proj.weight"] = DenseMatrix(stored, layer=layer, part=part, cut=cut)
+        source = model.form(stored)
+        tensors[f"{block}{part}_proj.weight"] = DenseMatrix(stored, layer=layer, part=part, cut=cut, source=source)
     return tensors

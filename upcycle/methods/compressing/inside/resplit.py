@@ -92,7 +92,7 @@ class Resplit(Compression):
             )
         if model.family.sparse_mixer:
             raise RefusalError(
-                f"{self.name} gives finer experts nearly equal logits, and SparseMixer, by which a '{model.family.name}' model routes, "
+                f"{self.name} gives finer experts nearly equal logits, and SparseMixer, by which a '{model.family.name}' routes, "
                 "divides weights among those that are near",
                 hint="--method slim makes its experts narrower",
             )
