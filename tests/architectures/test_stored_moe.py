@@ -63,10 +63,18 @@ def test_a_missing_expert_is_found(moe: Path) -> None:
         MoeCheckpoint.open(str(moe))
 
 
-def test_groups_of_experts_are_refused() -> None:
-    raw = {"model_type": "glm4_moe", "n_group": 2}
-    with pytest.raises(RefusalError, match="'n_group' is 2: the router chooses groups of experts first"):
-        MoeModel.read(raw, {}, "here")
+def test_groups_of_experts_are_refused_where_they_would_change() -> None:
+    model = MoeModel.read({"model_type": "glm4_moe", "n_group": 2}, {}, "here")
+    with pytest.raises(RefusalError, match=r"some method does not take .* choose among 2 groups of experts first"):
+        model.refuse_groups("some method")
+    MoeModel.read({"model_type": "glm4_moe", "n_group": 1}, {}, "here").refuse_groups("some method")
+    greedy = {
+        "model_type": "deepseek_v2",
+        "n_group": 2,
+        "topk_method": "greedy",
+        "num_experts_per_tok": 2,
+    }  # which reads no groups
+    assert MoeModel.read(greedy, {}, "here").groups == 1
 
 
 def test_a_dense_model_is_told_what_makes_a_moe_of_it() -> None:

@@ -66,7 +66,7 @@ def clamped_form(part: str) -> FusedForm:
     return _CLAMPED.get(part, PLAIN)
 
 
-def form_of(origin: object) -> FusedForm:
+def fused_form_of(origin: object) -> FusedForm:
     """Return how the tensor that an origin describes holds experts' matrices; ``PLAIN`` where it does not say."""
     found: FusedForm = getattr(origin, "form", PLAIN)
     return found

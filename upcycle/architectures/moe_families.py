@@ -102,7 +102,7 @@ _LISTED = (
 MOES = {family.name: family for family in _LISTED}
 
 
-def is_moe(raw: Mapping[str, Any]) -> bool:
+def describes_moe(raw: Mapping[str, Any]) -> bool:
     """Return whether a configuration is that of a MoE of these; some architectures are dense where they have no experts."""
     family = MOES.get(str(raw.get("model_type")))
     return family is not None and (family.name not in FAMILIES or bool(family.text(raw).get(family.experts_key, 1)))
@@ -115,7 +115,7 @@ def moe_family(raw: Mapping[str, Any], where: str) -> MoeFamily:
         RefusalError: it is a dense model, a quantized one, or a MoE of an unknown architecture.
     """
     model_type = settings.model_type(raw, where)
-    if model_type in FAMILIES and not is_moe(raw):
+    if model_type in FAMILIES and not describes_moe(raw):
         raise RefusalError(
             f"{where} is a dense '{model_type}' model, and a Mixture-of-Experts is needed",
             hint="make one of it first: upcycle convert MODEL OUT --method sparse_upcycling --experts 8",

@@ -100,11 +100,6 @@ class MoeModel:
             raise CheckpointError(
                 f"{where}: config.json: '{family.top_k_key}' is {top_k}, and a {family.name} router always chooses {SPARSE_MIXED}"
             )
-        if (groups := getattr(stock, "n_group", 1) or 1) > 1:
-            raise RefusalError(
-                f"{where}: config.json: 'n_group' is {groups}: the router chooses groups of experts first, and another "
-                "number of experts would change which"
-            )
         model = cls(
             family=family,
             raw=raw,
@@ -128,6 +123,25 @@ class MoeModel:
     def sigmoid(self) -> bool:
         """Whether scores are sigmoids of the logits; Cohere's configuration says which."""
         return self.family.sigmoid or self.raw.get("expert_selection_fn") == "sigmoid"
+
+    @cached_property
+    def groups(self) -> int:
+        """How many groups of as many experts, one after another, a router chooses among first."""
+        greedy = getattr(self.stock, "topk_method", "") == "greedy"
+        return 1 if greedy else int(getattr(self.stock, "n_group", 1) or 1)
+
+    def refuse_groups(self, method: str) -> None:
+        """Refuse groups for a method that changes how many experts there are, or which lie side by side.
+
+        Raises:
+            RefusalError: routers choose groups first.
+        """
+        if self.groups > 1:
+            raise RefusalError(
+                f"{method} does not take this '{self.family.name}' model: its routers choose among {self.groups} groups of experts "
+                "first ('n_group'), and which group an expert is in would change",
+                hint="compressions that keep groups: frequency, reap, hc_smoe, m_smoe, ream; slim and lower_top_k leave every expert",
+            )
 
     @property
     def jitter(self) -> float | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle.architectures.expert_terms import DenseMatrix, FactorRows, LayerCut, PackedMatrix
-from upcycle.architectures.fused_form import form_of
+from upcycle.architectures.fused_form import fused_form_of
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.output_layout import OutputEntry, Unit, checked_finite
 from upcycle.conversion.factor_files import kept_file, product, read_factors, write_factors
@@ -350,7 +350,7 @@ def _refitted_blocks(entry: OutputEntry, whole: torch.Tensor, folder: Path) -> I
         cut = read_cuts(folder)[entry.origin.layer]
         assert isinstance(cut, LayerCut)
         block = ranked_rows(whole, [rank for _, rank in cut.ranks])
-    yield checked_finite(entry, form_of(entry.origin).stored(block).reshape(entry.spec.shape))
+    yield checked_finite(entry, fused_form_of(entry.origin).stored(block).reshape(entry.spec.shape))
 
 
 def _made_blocks(entry: OutputEntry, part: str, made: dict[str, torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -362,7 +362,7 @@ def _made_blocks(entry: OutputEntry, part: str, made: dict[str, torch.Tensor]) -
     block = whole if place is None else whole[place]
     if part in ("gate", "up"):
         block = block.chunk(2)[part == "up"]
-    yield checked_finite(entry, form_of(entry.origin).stored(block).reshape(entry.spec.shape).contiguous())
+    yield checked_finite(entry, fused_form_of(entry.origin).stored(block).reshape(entry.spec.shape).contiguous())
 
 
 def _matrices(checkpoint: MoeCheckpoint, layer: int) -> Matrices:

@@ -296,7 +296,7 @@ def is_clamped(experts: Any) -> bool:
     return hasattr(experts, "gate_up_proj_bias")
 
 
-def width_of(experts: Any) -> int:
+def expert_neurons(experts: Any) -> int:
     """Return the number of neurons of an expert of a stock class's module."""
     return int(experts.down_proj.shape[-2 if is_clamped(experts) else -1])
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from upcycle.calibration.compressing.experts_in_files import layers_with_experts_in_files
-from upcycle.calibration.compressing.moe_walk import ExpertRun, MoeWalk, Routed, width_of
+from upcycle.calibration.compressing.moe_walk import ExpertRun, MoeWalk, Routed, expert_neurons
 from upcycle.errors import CheckpointError, RefusalError
 from upcycle.files.atomic_files import write_whole
 from upcycle.methods.compressing.observations import (
@@ -148,7 +148,7 @@ class _Sums:
         self._load, self._weight, self._score = zeros.clone(), zeros.clone(), zeros.clone()
         self._norm, self._saliency = zeros.clone(), zeros.clone()
         experts: Any = self._place.experts
-        width = width_of(experts)
+        width = expert_neurons(experts)
         self._neurons = torch.zeros(count, width)
         self._neuron_gram = torch.zeros((count, width, width) if count * width**2 <= MOST_GRAM else (0,))
         self._input_gram = torch.zeros(gram_shape(count, model.hidden_size))

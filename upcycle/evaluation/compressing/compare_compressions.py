@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
-from upcycle.architectures.moe_families import is_moe as is_moe_config
+from upcycle.architectures.moe_families import describes_moe
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.calibration.compressing.observe_file import observe
 from upcycle.calibration.compressing.observe_moe import gram_shape, sampled_tokens
@@ -52,7 +52,7 @@ def is_moe(source: str) -> bool:
     path = locate(source, config_only=True).path
     if path.is_file():
         return False
-    return is_moe_config(read_config(path))
+    return describes_moe(read_config(path))
 
 
 def compare_compressions(

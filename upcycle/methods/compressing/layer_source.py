@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from upcycle.architectures.expert_terms import LayerCut
@@ -77,6 +77,10 @@ class LayerSource:
         gate = (gate + matrices["gate_bias"]).clamp(max=most)
         up = (up + matrices["up_bias"]).clamp(-most, most)
         return (up + 1) * gate * (factor * gate).sigmoid()
+
+    def some(self, first: int, count: int) -> LayerSource:
+        """Return what may be seen of some of the experts that lie side by side, as if there were no others."""
+        return replace(self, seen=self.seen.some(first, count), matrices=lambda expert: self.matrices(first + expert))
 
     def output(self, matrices: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """Return an expert's output ``[T, d]`` likewise, before it is weighted."""

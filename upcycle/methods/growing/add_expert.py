@@ -178,6 +178,7 @@ def check_can_be_expert(model: MoeModel, source: Described, added: Described) ->
             hint="name a text model",
         )
     moe = model.family.name
+    model.refuse_groups(AddExpert.name)
     if model.family.clamped:
         raise RefusalError(
             f"{source.where}: the experts of a '{moe}' model have biases and a clamped activation, and no dense model known here has "

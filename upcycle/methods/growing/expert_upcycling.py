@@ -110,6 +110,7 @@ class ExpertUpcycling(Growth):
 
     def _check(self, model: MoeModel, experts: int, top_k: int, where: str) -> None:
         old, most = model.experts, self.parameters.most_copies
+        model.refuse_groups(self.name)
         if experts <= old:
             raise UsageError(
                 f"{where} has {old} experts already, and {experts} are asked for",

@@ -45,6 +45,7 @@ class Ream(Compression):
     name = "ream"
     title = "Router-weighted merging (REAM)"
     paper = "https://arxiv.org/abs/2604.04356"
+    grouped = True
     Parameters = ReamParameters
     parameters: ReamParameters
 
