@@ -86,6 +86,17 @@ def test_a_cut_leaves_the_encoder_and_is_the_stock_model_without_the_experts(
     assert written.shape == (1, 7)
 
 
+@pytest.mark.parametrize("method", ["m_smoe", "slim", "low_rank", "layer_drop"])
+def test_experts_stored_either_way_round_give_the_same(method: str, pico_moe: Models, tmp_path: Path) -> None:
+    for fused in (False, True):  # as published, and as transformers holds them
+        refit = {"refit": "none"} if method == "low_rank" else {}
+        keys = {**QUICK, "keep": 0.5, "verification": {"enabled": False}, **refit}
+        upcycle.convert(str(pico_moe("qwen3_vl_moe", fused)), tmp_path / str(fused), method=method, **keys)
+    one, two = (auto_class_of(tmp_path / each).from_pretrained(tmp_path / each) for each in ("False", "True"))
+    pairs = zip(one.state_dict().items(), two.state_dict().items(), strict=True)
+    assert all(name == other and torch.equal(own, theirs) for (name, own), (other, theirs) in pairs)
+
+
 def test_a_changed_encoder_is_found(pico_moe: Models, tmp_path: Path) -> None:
     """What the verification says of images can be red."""
     from upcycle.models.stock_model import folder_model
