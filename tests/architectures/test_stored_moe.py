@@ -16,6 +16,7 @@ from upcycle.architectures.moe_families import MOES, moe_family
 from upcycle.architectures.stored_moe import MoeModel
 from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 from upcycle.errors import CheckpointError, RefusalError, UpcycleError
+from upcycle.methods.growing.base import refuse_groups
 
 Models = Callable[..., Path]
 Weights = dict[str, torch.Tensor]
@@ -66,8 +67,8 @@ def test_a_missing_expert_is_found(moe: Path) -> None:
 def test_groups_of_experts_are_refused_where_they_would_change() -> None:
     model = MoeModel.read({"model_type": "glm4_moe", "n_group": 2}, {}, "here")
     with pytest.raises(RefusalError, match=r"some method does not take .* choose among 2 groups of experts first"):
-        model.refuse_groups("some method")
-    MoeModel.read({"model_type": "glm4_moe", "n_group": 1}, {}, "here").refuse_groups("some method")
+        refuse_groups(model, "some method")
+    refuse_groups(MoeModel.read({"model_type": "glm4_moe", "n_group": 1}, {}, "here"), "some method")
     greedy = {
         "model_type": "deepseek_v2",
         "n_group": 2,

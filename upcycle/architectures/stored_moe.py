@@ -130,19 +130,6 @@ class MoeModel:
         greedy = getattr(self.stock, "topk_method", "") == "greedy"
         return 1 if greedy else int(getattr(self.stock, "n_group", 1) or 1)
 
-    def refuse_groups(self, method: str) -> None:
-        """Refuse groups for a method that changes how many experts there are, or which lie side by side.
-
-        Raises:
-            RefusalError: routers choose groups first.
-        """
-        if self.groups > 1:
-            raise RefusalError(
-                f"{method} does not take this '{self.family.name}' model: its routers choose among {self.groups} groups of experts "
-                "first ('n_group'), and which group an expert is in would change",
-                hint="compressions that keep groups: frequency, reap, hc_smoe, m_smoe, ream; slim and lower_top_k leave every expert",
-            )
-
     @property
     def jitter(self) -> float | None:
         """SparseMixer's noise, which tells how near a logit must be to share a weight; None: routers have no SparseMixer."""

@@ -13,7 +13,7 @@ from upcycle.errors import UsageError
 from upcycle.methods.base import PREFERRED_MULTIPLE
 from upcycle.methods.compressing.described_cuts import Cut, described_cut
 from upcycle.methods.compressing.layer_source import ExpertTokens, LayerSource, Matrices, ModelSource
-from upcycle.methods.growing.base import Described, Grown, Growth, Piece, moe_pieces
+from upcycle.methods.growing.base import Described, Grown, Growth, Piece, moe_pieces, refuse_groups
 
 if TYPE_CHECKING:
     import torch
@@ -159,7 +159,7 @@ class Compression(Growth):
         keep = self.kept(model, recipe)
         sizes = self.sizes(model, keep)
         if (sizes.experts != model.experts and not self.grouped) or wraps(model, recipe):
-            model.refuse_groups(self.name)
+            refuse_groups(model, self.name)
         cuts = choice or self.undecided(model, keep)
         exact = not self.changed(model, keep)
         gone, summary = self.said(model, keep)

@@ -11,7 +11,7 @@ from upcycle.architectures.moe.dense_twin import width_beside
 from upcycle.architectures.stored_moe import MoeModel
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.errors import RefusalError, UsageError
-from upcycle.methods.growing.base import Described, Grown, Growth, moe_pieces
+from upcycle.methods.growing.base import Described, Grown, Growth, moe_pieces, refuse_groups
 from upcycle.plugins import PluginParameters
 from upcycle.registry import FAMILIES, TARGETS, load
 
@@ -178,7 +178,7 @@ def check_can_be_expert(model: MoeModel, source: Described, added: Described) ->
             hint="name a text model",
         )
     moe = model.family.name
-    model.refuse_groups(AddExpert.name)
+    refuse_groups(model, AddExpert.name)
     if model.family.clamped:
         raise RefusalError(
             f"{source.where}: the experts of a '{moe}' model have biases and a clamped activation, and no dense model known here has "

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from upcycle.architectures.stored_moe import MoeModel
 from upcycle.errors import UsageError
-from upcycle.methods.growing.base import CopiedExperts, Described, Grown, Growth, Promise, moe_pieces
+from upcycle.methods.growing.base import CopiedExperts, Described, Grown, Growth, Promise, moe_pieces, refuse_groups
 from upcycle.plugins import PluginParameters
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class ExpertUpcycling(Growth):
 
     def _check(self, model: MoeModel, experts: int, top_k: int, where: str) -> None:
         old, most = model.experts, self.parameters.most_copies
-        model.refuse_groups(self.name)
+        refuse_groups(model, self.name)
         if experts <= old:
             raise UsageError(
                 f"{where} has {old} experts already, and {experts} are asked for",
