@@ -106,6 +106,13 @@ def test_the_result_has_the_same_groups_loads_and_writes(method: str, grouped: P
     assert written.shape == (1, 7)
 
 
+def test_a_dense_model_comes_of_groups_as_of_others(grouped: Path, tmp_path: Path) -> None:
+    result = upcycle.convert(str(grouped), tmp_path / "out", method="to_dense", **{**QUICK, "keep": 0.25})
+    assert result.verification is not None
+    assert result.verification.verdict == "approximate"
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "youtu"
+
+
 @pytest.mark.parametrize("method", ["reap", "naee", "hc_smoe"])
 def test_keeping_all_changes_nothing(method: str, grouped: Path, tmp_path: Path) -> None:
     found = upcycle.convert(str(grouped), tmp_path / "out", method=method, keep=1.0, verification={"tokens": 64})
@@ -168,6 +175,13 @@ def test_what_would_change_groups_is_refused(keys: dict[str, Any], grouped: Path
     with pytest.raises(RefusalError, match="routers choose among 2 groups of experts first") as caught:
         upcycle.plan(str(grouped), **{**quick, **keys})
     assert "frequency, reap, hc_smoe" in str(caught.value.hint)
+
+
+def test_groups_of_deepseek_v2_are_not_read(moe_maker: Callable[..., Path], tmp_path: Path) -> None:
+    changes = {**GROUPED, "q_lora_rank": None, "topk_method": "group_limited_greedy"}
+    folder = moe_maker(tmp_path / "moe", "deepseek_v2", changes)
+    with pytest.raises(RefusalError, match="what the router of this 'deepseek_v2' model does is none of the rules"):
+        upcycle.convert(str(folder), tmp_path / "out", method="reap", **QUICK)
 
 
 @pytest.mark.parametrize("keep", [0.625, 0.25])

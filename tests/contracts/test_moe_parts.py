@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tower_runs import with_image
 
 import upcycle
+from upcycle.calibration.compressing.experts_in_files import layers_with_experts_in_files
 from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 from upcycle.errors import RefusalError
 
@@ -95,6 +96,17 @@ def test_experts_stored_either_way_round_give_the_same(method: str, pico_moe: Mo
     one, two = (auto_class_of(tmp_path / each).from_pretrained(tmp_path / each) for each in ("False", "True"))
     pairs = zip(one.state_dict().items(), two.state_dict().items(), strict=True)
     assert all(name == other and torch.equal(own, theirs) for (name, own), (other, theirs) in pairs)
+
+
+@pytest.mark.parametrize("name", MOE_PARTS)
+def test_the_encoder_is_not_in_memory_while_text_is_observed(name: str, pico_moe: Models) -> None:
+    layers = layers_with_experts_in_files(MoeCheckpoint.open(str(pico_moe(name))), "keep")
+    parts = dict(layers.model.named_parameters())
+    assert all(
+        part.is_meta == (".visual." in key or key == "lm_head.weight")
+        for key, part in parts.items()
+        if ".layers." not in key
+    )
 
 
 def test_a_changed_encoder_is_found(pico_moe: Models, tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ class _ExpertsInFiles:
         weights = tuple(f".experts.{name}" for name in _PARTS)
 
         def stays(name: str) -> bool:
-            return name.endswith(weights) or name == self._paths.head_weight
+            # Text does not reach other parts, such as an encoder of images.
+            return name.endswith(weights) or name == self._paths.head_weight or not self._paths.has(name)
 
         self._expert = _Expert(checkpoint, dtype)
         self._layers = layers_of(checkpoint, dtype, left_out=stays)

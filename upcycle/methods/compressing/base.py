@@ -229,7 +229,7 @@ class Compression(Growth):
             source: the MoE.
             keep: what :meth:`kept` returned.
         """
-        groups = source.model.groups if self.sizes(source.model, keep).experts != source.model.experts else 1
+        groups = source.model.groups if self.grouped and keep != source.model.experts else 1
         return {layer: self._of_groups(own, keep, groups) for layer, own in source.layers.items()}
 
     def _of_groups(self, source: LayerSource, keep: int, groups: int) -> Cut:

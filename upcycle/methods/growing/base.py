@@ -202,7 +202,7 @@ def refuse_groups(model: MoeModel, method: str) -> None:
         raise RefusalError(
             f"{method} does not take this '{model.family.name}' model: its routers choose among {model.groups} groups of experts "
             "first ('n_group'), and which group an expert is in would change",
-            hint="compressions that keep groups: frequency, reap, hc_smoe, m_smoe, ream; slim and lower_top_k leave every expert",
+            hint="compressions that keep groups: frequency, reap, hc_smoe, m_smoe, ream; lower_top_k and block_drop leave all experts",
         )
 
 
