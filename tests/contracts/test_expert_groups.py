@@ -83,7 +83,7 @@ def test_what_is_observed_is_what_such_a_router_does(grouped: Path, tmp_path: Pa
         assert torch.equal(chosen_often, (expected > 0).sum(0).double())
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("method", [*BY_GROUP, *WHOLE])
 def test_the_result_has_the_same_groups_loads_and_writes(method: str, grouped: Path, tmp_path: Path) -> None:
     keys = {**QUICK, "keep": WHOLE.get(method, 0.75)}
@@ -106,6 +106,7 @@ def test_the_result_has_the_same_groups_loads_and_writes(method: str, grouped: P
     assert written.shape == (1, 7)
 
 
+@pytest.mark.long
 def test_a_dense_model_comes_of_groups_as_of_others(grouped: Path, tmp_path: Path) -> None:
     result = upcycle.convert(str(grouped), tmp_path / "out", method="to_dense", **{**QUICK, "keep": 0.25})
     assert result.verification is not None
@@ -113,6 +114,7 @@ def test_a_dense_model_comes_of_groups_as_of_others(grouped: Path, tmp_path: Pat
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "youtu"
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("method", ["reap", "naee", "hc_smoe"])
 def test_keeping_all_changes_nothing(method: str, grouped: Path, tmp_path: Path) -> None:
     found = upcycle.convert(str(grouped), tmp_path / "out", method=method, keep=1.0, verification={"tokens": 64})
@@ -136,7 +138,7 @@ def test_the_best_of_each_group_stay_and_nothing_else_changes(grouped: Path, tmp
     assert torch.dist(logits(stock(tmp_path / "out")), expected) < 1e-9 * torch.linalg.norm(expected)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("method", ["reap", "hc_smoe", "m_smoe", "ream"])
 def test_the_order_of_groups_and_inside_them_does_not_matter(method: str, grouped: Path, tmp_path: Path) -> None:
     order = [6, 4, 7, 5, 1, 3, 0, 2]

@@ -52,6 +52,7 @@ ROUTERS = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", ROUTERS)
 def test_loads_weights_and_reap_are_those_of_the_stated_router(name: str, pico_moe: Models, tmp_path: Path) -> None:
     windows, folder = some_windows(4, 24), pico_moe(name)
