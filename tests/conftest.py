@@ -14,7 +14,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from pico_models import COMMON, MOE_COMMON, PICO, PICO_MOE
+from any_moe import STORED_TRANSPOSED, auto_of, moe_settings, transpose_experts
+from pico_models import COMMON, PICO, PICO_MOE
 from pico_towers import make_tower
 
 from upcycle.files.locate import DEMO_FOLDER
@@ -109,10 +110,10 @@ def moe_maker() -> Callable[..., Path]:
 
 def make_moe(folder: Path, model_type: str, changes: dict[str, Any], fused: bool = False) -> Path:
     """Save a MoE whose every weight is random, norms and the biases on the choice of experts included."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**MOE_COMMON, **changes}))
+    model = auto_of(model_type).from_config(AutoConfig.for_model(model_type, **moe_settings(model_type, changes)))
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             near_one = "norm" in name and "bias" not in name
@@ -120,6 +121,8 @@ def make_moe(folder: Path, model_type: str, changes: dict[str, Any], fused: bool
             if name.endswith("A_log"):
                 tensor.sub_(2)
     model.save_pretrained(folder, save_original_format=not fused)
+    if model_type in STORED_TRANSPOSED and not fused:
+        transpose_experts(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(DEMO_FOLDER / "model" / name, folder / name)
     return folder

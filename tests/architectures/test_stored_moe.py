@@ -16,6 +16,7 @@ from upcycle.architectures.moe_families import MOES, moe_family
 from upcycle.architectures.stored_moe import MoeModel
 from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 from upcycle.errors import CheckpointError, RefusalError, UpcycleError
+from upcycle.methods.growing.base import refuse_groups
 
 Models = Callable[..., Path]
 Weights = dict[str, torch.Tensor]
@@ -63,10 +64,18 @@ def test_a_missing_expert_is_found(moe: Path) -> None:
         MoeCheckpoint.open(str(moe))
 
 
-def test_groups_of_experts_are_refused() -> None:
-    raw = {"model_type": "glm4_moe", "n_group": 2}
-    with pytest.raises(RefusalError, match="'n_group' is 2: the router chooses groups of experts first"):
-        MoeModel.read(raw, {}, "here")
+def test_groups_of_experts_are_refused_where_they_would_change() -> None:
+    model = MoeModel.read({"model_type": "glm4_moe", "n_group": 2}, {}, "here")
+    with pytest.raises(RefusalError, match=r"some method does not take .* choose among 2 groups of experts first"):
+        refuse_groups(model, "some method")
+    refuse_groups(MoeModel.read({"model_type": "glm4_moe", "n_group": 1}, {}, "here"), "some method")
+    greedy = {
+        "model_type": "deepseek_v2",
+        "n_group": 2,
+        "topk_method": "greedy",
+        "num_experts_per_tok": 2,
+    }  # which reads no groups
+    assert MoeModel.read(greedy, {}, "here").groups == 1
 
 
 def test_a_dense_model_is_told_what_makes_a_moe_of_it() -> None:
@@ -77,5 +86,5 @@ def test_a_dense_model_is_told_what_makes_a_moe_of_it() -> None:
 
 def test_unknown_moes_are_told_the_known_ones() -> None:
     with pytest.raises(RefusalError) as caught:
-        moe_family({"model_type": "gpt_oss"}, "here")
+        moe_family({"model_type": "jamba"}, "here")
     assert all(name in (caught.value.hint or "") for name in MOES)

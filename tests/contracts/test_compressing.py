@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from any_moe import auto_class_of
 from permuted_experts import permuted
 from pico_models import PICO_MOE
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 import upcycle
 from upcycle.architectures.moe_families import MOES
@@ -65,12 +65,19 @@ ONE_WIDTH = (  # of routed and shared experts
     ),
     *("exaone_moe", "ernie4_5_moe"),
 )
+MIXED = ("phimoe", "phimoe-constant")  # two experts by SparseMixer, whatever the configuration says
+REFUSED = {  # what cannot be done truly, and why
+    **{("lower_top_k", name): "top_k 1: a 'phimoe' router always chooses 2 experts" for name in MIXED},
+    **{("resplit", name): "SparseMixer, by which a 'phimoe' routes, divides weights" for name in MIXED},
+    ("resplit", "gpt_oss"): "every expert adds a bias to its output, and finer ones would add it once each",
+    ("qmoe", "gpt_oss"): "qmoe rounds gate, up and down of experts alone, and those of a 'gpt_oss' model have biases",
+}
 CELLS = [
     (method, name, fused)
     for method in NAMES
     for name in PICO_MOE
     for fused in (False, True)
-    if method not in INSIDE or name not in ONE_WIDTH
+    if (method not in INSIDE or name not in ONE_WIDTH) and (method, name) not in REFUSED
 ]
 
 
@@ -84,7 +91,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def logits(folder: Path) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = auto_class_of(folder).from_pretrained(folder, dtype=torch.float32)
     model.set_experts_implementation("eager")
     with torch.no_grad():
         return torch.as_tensor(
@@ -99,6 +106,18 @@ def test_experts_whose_width_is_another_matrix_too_are_not_made_narrower(
 ) -> None:
     with pytest.raises(RefusalError, match=r"their width in config\.json is that of '.*shared.*', too"):
         upcycle.plan(str(pico_moe(name)), method=method, **quick(method))
+
+
+@pytest.mark.parametrize(("method", "name"), REFUSED)
+def test_what_an_architecture_cannot_have_is_refused_with_the_reason(method: str, name: str, pico_moe: Models) -> None:
+    with pytest.raises(RefusalError, match=REFUSED[method, name]) as caught:
+        upcycle.plan(str(pico_moe(name)), method=method, **quick(method))
+    assert caught.value.hint
+
+
+def test_experts_with_biases_are_not_trained_by_blocks(pico_moe: Models) -> None:
+    with pytest.raises(RefusalError, match="refit: blocks trains gate, up and down of experts alone"):
+        upcycle.plan(str(pico_moe("gpt_oss")), method="reap", refit="blocks", **QUICK)
 
 
 def test_every_method_and_architecture_is_here() -> None:
@@ -132,13 +151,14 @@ def test_a_smaller_model_loads_in_stock_transformers_and_writes(
     assert result.verification is not None
     assert result.verification.verdict == "approximate"
     assert result.verification.relative_logit_error > 1e-4  # something is gone: the comparison sees it
-    model, loading = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    model, loading = auto_class_of(out).from_pretrained(out, dtype=torch.float32, output_loading_info=True)
     assert not any(loading.values()), loading
     model.set_experts_implementation("eager")
     blocks = [module for name, module in model.named_modules() if name.endswith(".experts")]
     layers = json.loads((out / "compression.json").read_text())["experts"]
     assert len(blocks) == 1 if load("method", method).depth else len(blocks) == len(layers)
-    assert all(len(block.down_proj) == LEFT.get(method, 3) for block in blocks)
+    left = 12 if (method, name) == ("resplit", "qwen3_vl_moe") else LEFT.get(method, 3)  # of 24 neurons each, in eights
+    assert all(len(block.down_proj) == left for block in blocks)
     written = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False, eos_token_id=None)
     assert written.shape == (1, 7)
     elements = {name: tensor.numel() for name, tensor in load_file(out / "model.safetensors").items()}
@@ -184,10 +204,15 @@ def tries(method: str) -> bool:
     [
         (method, name)
         for method in NAMES
-        for name in ("mixtral", "dots1", "granitemoe")
-        if method not in ("random_experts", "sparse_experts")
+        for name in ("mixtral", "dots1", "granitemoe", "qwen3_vl_moe", "gpt_oss", "phimoe")
+        if (method, name) not in REFUSED
+        and method not in ("random_experts", "sparse_experts")
         and (method not in INSIDE or name not in ONE_WIDTH)
-        and (method, name) != ("resplit", "granitemoe")  # finer experts with equal rows, of which top-k takes any
+        and (method, name)
+        not in (
+            ("resplit", "granitemoe"),
+            ("resplit", "qwen3_vl_moe"),
+        )  # finer experts with equal rows, of which top-k takes any
     ],
 )
 def test_the_order_of_the_experts_does_not_matter(

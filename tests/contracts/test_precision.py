@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from any_moe import auto_class_of
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from pico_models import PICO_MOE
@@ -30,7 +31,10 @@ from upcycle.recipe.conversion_recipe import parse_recipe, read_recipe
 
 Models = Callable[..., Path]
 TEXT: dict[str, Any] = {"text": "demo", "tokens": 512, "window": 32}
-JOINED = ("granitemoe", "granitemoeshared", "granitemoe_swa")  # stock transformers reads their experts from one tensor
+JOINED = (
+    *("granitemoe", "granitemoeshared", "granitemoe_swa", "granitemoehybrid"),
+    *("qwen3_vl_moe", "gpt_oss"),
+)  # stock transformers reads their experts from one tensor
 TAKEN = [name for name in PICO_MOE if name not in JOINED]
 IDS = torch.randint(300, (2, 24), generator=torch.Generator().manual_seed(1))
 NEAREST = {"rounding": "nearest"}
@@ -44,7 +48,7 @@ def quantized(source: Path, out: Path, bits: str, **precision: Any) -> Any:
 
 
 def stock_logits(folder: Path) -> torch.Tensor:
-    model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, loading = auto_class_of(folder).from_pretrained(folder, output_loading_info=True)
     assert not any(loading.values()), loading
     model.set_experts_implementation("eager")
     written = model.generate(IDS[:, :4], max_new_tokens=4, do_sample=False, eos_token_id=None)
@@ -113,7 +117,7 @@ def test_routers_norms_and_embeddings_are_not_rounded(name: str, pico_moe: Model
     """Of a source whose experts are stored joined, too: they are written one by one."""
     source, out = pico_moe(name, True), tmp_path / "out"
     quantized(source, out, "4", **NEAREST)
-    before = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).state_dict()
+    before = auto_class_of(source).from_pretrained(source, dtype=torch.float32).state_dict()
     store = PackedFolder(out, read_config(out))
     after = folder_model(out, streamed=False).model.state_dict()
     same = {key for key in before if key in after and torch.equal(before[key], after[key])}

@@ -32,7 +32,7 @@ TEXT: dict[str, Any] = {"text": "demo", "tokens": 512, "window": 32}
 QUICK: dict[str, Any] = {"method": "to_dense", "calibration": TEXT, "verification": {"tokens": 64}}
 WITHOUT = (  # no dense family has their block
     *("olmoe", "mellum", "glm4_moe", "glm4_moe-sigmoid", "glm4_moe_lite", "deepseek_v2", "exaone_moe", "minimax_m2"),
-    "qwen3_next",
+    *("qwen3_next", "granitemoehybrid", "phimoe", "phimoe-constant", "gpt_oss", "qwen3_vl_moe", "qwen3_5_moe"),
 )
 # One expert's weight is a mean over tokens of fp32 numbers, and a sum of eight: a few roundings of 6e-8 each.
 SAME = 1e-6

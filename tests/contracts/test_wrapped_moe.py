@@ -29,7 +29,7 @@ TEXT: dict[str, Any] = {"text": "demo", "tokens": 512, "window": 32}
 KEYS: dict[str, Any] = {"target": "upcycle_moe", "calibration": TEXT, "verification": {"tokens": 64}}
 WITHOUT = (  # no dense family has their block
     *("olmoe", "mellum", "glm4_moe", "glm4_moe-sigmoid", "glm4_moe_lite", "deepseek_v2", "exaone_moe", "minimax_m2"),
-    "qwen3_next",
+    *("qwen3_next", "granitemoehybrid", "phimoe", "phimoe-constant", "gpt_oss", "qwen3_vl_moe", "qwen3_5_moe"),
 )
 NAMES = [name for name in PICO_MOE if name not in WITHOUT]
 # Stock routers round scores to fp32 whatever the model is in, and the wrapper's do not: a few roundings of 6e-8 per layer.

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from any_moe import auto_class_of
 from pico_models import PICO_MOE
-from transformers import AutoModelForCausalLM
 
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.errors import UsageError
@@ -25,7 +25,7 @@ KNOWN = list(PICO_MOE)
 
 
 def greedy(folder: Path, ids: list[int], tokens: int) -> tuple[Any, list[int]]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = auto_class_of(folder).from_pretrained(folder, dtype=torch.float32)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     given = torch.tensor([ids])
@@ -44,7 +44,7 @@ def test_greedy_text_and_the_experts_of_every_token(name: str, pico_moe: Callabl
     kept = expected[:-1] if writer.stopped == "end" else expected
     assert [token.id for token in found] == kept
     assert [token.prompt for token in found] == [i < len(ids) for i in range(len(kept))]
-    layer = model.model.layers[writer.layer]
+    layer = getattr(model.model, "language_model", model.model).layers[writer.layer]
     chosen: list[Any] = []
     named = [module for path, module in layer.named_modules() if path.endswith((".gate", ".router"))]
     router = next(module for module in named if hasattr(module, "top_k"))

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from any_moe import auto_class_of
 from pico_models import PICO, PICO_MOE
-from transformers import AutoModelForCausalLM
 
 from upcycle.architectures.module_paths import module_paths_of
 from upcycle.errors import CheckpointError
@@ -22,7 +22,7 @@ Pico = Callable[..., Path]
 
 def check(folder: Path) -> None:
     layers = FolderLayers(folder)
-    whole: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    whole: Any = auto_class_of(folder).from_pretrained(folder, dtype=torch.float32).eval()
     stack = module_paths_of(layers.model.config).layers_in(layers.model)
     for index in range(len(stack)):
         layers.load(index)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from any_moe import auto_class_of, text_of
+from transformers import AutoConfig
 
 SIGMOIDS = ("lfm2_moe", "glm4_moe", "dots1", "solar_open", "deepseek_v3", "glm4_moe_lite", "exaone_moe", "minimax_m2")
 
@@ -34,7 +35,7 @@ class Seen:
 
 
 def stock(folder: Path, **changes: Any) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager", **changes)
+    model = auto_class_of(folder).from_pretrained(folder, dtype=torch.float64, attn_implementation="eager", **changes)
     model.set_experts_implementation("eager")
     return model.eval()
 
@@ -59,8 +60,22 @@ def row_tensors(block: Any, experts: int) -> dict[str, torch.Tensor]:
 
 def neurons(experts: Any, x: torch.Tensor, expert: int) -> torch.Tensor:
     """The activations ``[t, F]`` of an expert."""
+    if hasattr(
+        experts, "gate_up_proj_bias"
+    ):  # GPT-OSS: gate and up in turns, clamped, with a factor inside the sigmoid
+        both = x @ experts.gate_up_proj[expert] + experts.gate_up_proj_bias[expert]
+        gate, up = both[:, ::2].clamp(max=experts.limit), both[:, 1::2].clamp(-experts.limit, experts.limit)
+        return torch.as_tensor(gate / (1 + torch.exp(-experts.alpha * gate)) * (up + 1))
     gate, up = (x @ experts.gate_up_proj[expert].T).chunk(2, -1)
     return torch.as_tensor(experts.act_fn(gate) * up)
+
+
+def output_of(experts: Any, x: torch.Tensor, expert: int) -> torch.Tensor:
+    """The output ``[t, d]`` of an expert, before it is weighted."""
+    down, active = experts.down_proj[expert], neurons(experts, x, expert)
+    if hasattr(experts, "down_proj_bias"):
+        return torch.as_tensor(active @ down + experts.down_proj_bias[expert])
+    return torch.as_tensor(active @ down.T)
 
 
 def watch(model: Any, windows: torch.Tensor) -> dict[int, Seen]:
@@ -104,9 +119,11 @@ def _seen(layer: Any, parts: dict[str, Any]) -> Seen:
         tensor for name, tensor in rows.items() if tensor.shape == (count, d) and not name.startswith("experts")
     ]
     bias = [tensor for name, tensor in block.state_dict().items() if tensor.numel() == count and "bias" in name]
+    added = getattr(getattr(block, "router", None), "bias", None)  # to the logits, and not for the choice alone
+    bias = [] if added is not None else bias
     spread = torch.zeros(len(x), count, dtype=torch.float64).scatter(1, ids, weights.double())
     with torch.no_grad():
-        outputs = [neurons(block.experts, x, e) @ block.experts.down_proj[e].T for e in range(count)]
+        outputs = [output_of(block.experts, x, e) for e in range(count)]
         given, named, after = parts["layer"]
         # What the stream is without experts: the same layer with blocks that put out zeros.
         silent = [module for module in (block, getattr(layer, "shared_mlp", None)) if module is not None]
@@ -117,7 +134,7 @@ def _seen(layer: Any, parts: dict[str, Any]) -> Seen:
     sums = [_first(parts[key][1]).reshape(-1, d) for key in ("block", "beside") if key in parts]
     return Seen(
         x=x,
-        logits=x @ router.double().T,
+        logits=x @ router.double().T + (0 if added is None else added.detach().double()),
         ids=ids,
         weights=spread,
         outputs=torch.stack(outputs, 1).detach(),
@@ -140,10 +157,11 @@ EXPERTS_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
 def without_experts(model: Any, folder: Path, kept: dict[int, Sequence[int]]) -> Any:
     """The same stock model with the experts of ``kept`` alone in each layer."""
     config = AutoConfig.from_pretrained(folder)
-    key = next(key for key in EXPERTS_KEYS if isinstance(getattr(config, key, None), int))
-    experts, left = getattr(config, key), len(next(iter(kept.values())))
-    setattr(config, key, left)
-    smaller = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="eager").eval()
+    own = text_of(config)
+    key = next(key for key in EXPERTS_KEYS if isinstance(getattr(own, key, None), int))
+    experts, left = getattr(own, key), len(next(iter(kept.values())))
+    setattr(own, key, left)
+    smaller = auto_class_of(folder).from_config(config, dtype=torch.float64, attn_implementation="eager").eval()
     smaller.set_experts_implementation("eager")
     state = model.state_dict()
     paths = {id(module): name for name, module in model.named_modules()}

@@ -12,6 +12,7 @@ from upcycle.architectures.stored_moe import MoeModel, expert_index
 from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 
 PERMUTED = [3, 1, 0, 2]
+COUNTED = ("experts", "expert biases", "router", "router bias", "bias")
 
 
 def permuted(source: Path, folder: Path) -> Path:
@@ -29,7 +30,7 @@ def permuted(source: Path, folder: Path) -> Path:
             place = PERMUTED.index(expert)
             changed[name.replace(f".experts.{expert}.", f".experts.{place}.")] = tensor
         else:
-            changed[name] = tensor[PERMUTED].contiguous() if role in ("experts", "router", "bias") else tensor
+            changed[name] = tensor[PERMUTED].contiguous() if role in COUNTED else tensor
     assert set(changed) == set(tensors)
     save_file(changed, folder / "model.safetensors", {"format": "pt"})
     return folder

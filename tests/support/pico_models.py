@@ -256,6 +256,31 @@ _DELTA_NET = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
+_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_interleaved": True}
+_VISION = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_heads": 4,
+    "patch_size": 4,
+    "out_hidden_size": 32,
+    "num_position_embeddings": 64,
+}
+_VISION_TOKENS = {
+    "image_token_id": 4090,
+    "video_token_id": 4091,
+    "vision_start_token_id": 4092,
+    "vision_end_token_id": 4093,
+}
+# Those whose MoE is the text model of a class with other parts: what differs is inside, and the rest beside it.
+MOE_PARTS: dict[str, dict[str, Any]] = {
+    "qwen3_5_moe": {"vision_config": _VISION, **_VISION_TOKENS, "tie_word_embeddings": False},
+    "qwen3_vl_moe": {
+        "vision_config": {**_VISION, "deepstack_visual_indexes": [0]},
+        **_VISION_TOKENS,
+        "tie_word_embeddings": False,
+    },
+}
 PICO_MOE: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {"num_local_experts": 4}),
     "qwen2_moe": ("qwen2_moe", {"num_experts": 4, "norm_topk_prob": True, "mlp_only_layers": [0]}),
@@ -264,6 +289,24 @@ PICO_MOE: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5_moe_text": (
         "qwen3_5_moe_text",
         {"num_experts": 4, "layer_types": ["linear_attention", "full_attention"], **_DELTA_NET},
+    ),
+    "qwen3_5_moe": (
+        "qwen3_5_moe",
+        {
+            "num_experts": 4,
+            "layer_types": ["linear_attention", "full_attention"],
+            "rope_parameters": {**_MROPE, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5},
+            "shared_expert_intermediate_size": 24,
+            **_DELTA_NET,
+        },
+    ),
+    "qwen3_vl_moe": (
+        "qwen3_vl_moe",
+        {
+            "num_experts": 4,
+            "moe_intermediate_size": 24,  # with 16, gate and up together were square, and so are they behind slim
+            "rope_parameters": {**_MROPE, "mrope_section": [2, 1, 1]},
+        },
     ),
     "olmoe": ("olmoe", {"num_experts": 4}),
     "flex_olmo": ("flex_olmo", {"num_experts": 4}),
@@ -281,6 +324,29 @@ PICO_MOE: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoe": ("granitemoe", {"num_local_experts": 4}),
     "granitemoeshared": ("granitemoeshared", {"num_local_experts": 4, "shared_intermediate_size": 24}),
     "granitemoe_swa": ("granitemoe_swa", {"num_local_experts": 4, "shared_intermediate_size": 24}),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        {
+            "num_local_experts": 4,
+            "shared_intermediate_size": 24,
+            "layer_types": ["mamba", "attention"],
+            "residual_multiplier": 0.4,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
+            "mamba_d_state": 8,
+        },
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            "num_local_experts": 4,
+            "intermediate_size": 24,
+            "swiglu_limit": 0.3,  # many are beyond
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "phimoe": ("phimoe", {"num_local_experts": 4, "intermediate_size": 24, "router_jitter_noise": 0.3}),
+    "phimoe-constant": ("phimoe", {"num_local_experts": 4, "intermediate_size": 24, "router_jitter_noise": 0.0}),
     "hunyuan_v1_moe": ("hunyuan_v1_moe", {"num_experts": 4, "moe_topk": 2}),
     "lfm2_moe": ("lfm2_moe", {"num_experts": 4, "layer_types": ["conv", "full_attention"], "num_dense_layers": 0}),
     "glm4_moe": ("glm4_moe", {**_SIGMOID, "first_k_dense_replace": 1}),

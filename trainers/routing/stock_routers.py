@@ -14,6 +14,7 @@ from torch import nn
 
 from upcycle.architectures.module_paths import ModulePaths, module_paths_in, module_paths_of, text_config
 from upcycle.architectures.moe.base import Score, Target
+from upcycle.architectures.moe_families import MOES
 from upcycle.errors import UsageError
 from upcycle.files.formats.settings import base_type
 from upcycle.models.experts import has_experts
@@ -273,9 +274,17 @@ def _other_layers(model: nn.Module) -> list[MoeLayer]:
             if read is None:
                 found = []
                 break
-            found.append(MoeLayer(index, block, read[0], (), read[1]))
+            found.append(MoeLayer(index, block, read[0], _beside(model, index, block), read[1]))
         answers[model] = found
     return answers[model]
+
+
+def _beside(model: nn.Module, index: int, block: nn.Module) -> tuple[nn.Module, ...]:
+    """The blocks of a layer beside that of its experts, where the architecture is one whose experts can be read (Granite 4)."""
+    if _model_type(model) not in MOES:
+        return ()
+    paths = module_paths_in(model)
+    return tuple(one for one in paths.blocks_in(paths.layers_in(model)[index]) if one is not block)
 
 
 @cache

@@ -68,7 +68,8 @@ def with_expert(
                     AddedMatrix(name, layer=layer, part=part, scale=factor),
                 )
         elif role == "experts":
-            yield name, AddedRows(name, taken=every, layer=layer, part=part, scale=factor)
+            form = model.form(name)
+            yield name, AddedRows(name, taken=every, layer=layer, part=part, scale=factor, form=form)
         else:
             flat: Any = "row" if model.is_flat(name) else ""
             values = row if role == "router" else bias

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from upcycle.architectures.fused_form import PLAIN, FusedForm
 from upcycle.architectures.tensor_origin import Origin
 
 SHARED_FFN = -1  # in the place of a routed expert's index: the shared experts, which are one FFN
@@ -63,14 +64,16 @@ class ExpertTerms(Origin):
     Attributes:
         experts: the terms of every expert in the tensor.
         names: the stored tensors of the source's experts, one each, or the one that holds them all.
-        part: which matrix it is, as its rows or columns are the neurons.
+        part: which matrix it is, as its rows or columns are the neurons, or which biases.
         scale: what it is multiplied by.
+        form: how a tensor of all experts is stored.
     """
 
     experts: tuple[tuple[Term, ...], ...] = ()
     names: tuple[str, ...] = ()
-    part: Literal["gate", "up", "gate_up", "down"] = "down"
+    part: Literal["gate", "up", "gate_up", "down", "gate_up_bias", "down_bias"] = "down"
     scale: float = 1.0
+    form: FusedForm = PLAIN
 
     @property
     def fused(self) -> bool:
@@ -80,12 +83,15 @@ class ExpertTerms(Origin):
     def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the result, given that of a stored tensor: with the experts and the neurons that are taken."""
         order = self.experts[0][0].order
-        rows, columns = stored[-2:]
+        if self.part in ("down_bias", "gate_up_bias"):
+            length = stored[-1] if order is None or self.part == "down_bias" else 2 * len(order)
+            return (len(self.experts), length)
+        rows, columns = self.form.plain_shape(stored)[-2:]
         if order is not None and self.part == "down":
             columns = len(order)
         elif order is not None:
             rows = len(order) * (2 if self.part == "gate_up" else 1)
-        return (*((len(self.experts),) if self.fused else ()), rows, columns)
+        return self.form.stored_shape((*((len(self.experts),) if self.fused else ()), rows, columns))
 
 
 @dataclass(frozen=True)
@@ -164,11 +170,12 @@ class BlockCut:
 
 @dataclass(frozen=True)
 class DenseMatrix(Origin):
-    """The origin of a matrix of such an FFN; ``name`` is a stored tensor whose dtype it is written in."""
+    """The origin of a matrix of such an FFN; ``name`` is a stored tensor whose dtype it is written in, held as ``source`` says."""
 
     layer: int = 0
     part: Literal["gate", "up", "down"] = "down"
     cut: DenseCut = DenseCut(0)
+    source: FusedForm = PLAIN
 
     def shape(self, hidden: int) -> tuple[int, ...]:
         """Return its shape in a model of a hidden size."""

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
 from upcycle.architectures.expert_terms import ExpertTerms, LayerCut, Term
-from upcycle.architectures.module_paths import BELONG_TOGETHER, ModulePaths, check_layers, find_module_paths
+from upcycle.architectures.fused_form import PLAIN, FusedForm, clamped_form
+from upcycle.architectures.module_paths import (
+    BELONG_TOGETHER,
+    ModulePaths,
+    check_layers,
+    find_module_paths,
+    module_paths_of,
+    text_config,
+)
 from upcycle.architectures.moe_families import MoeFamily, moe_family
 from upcycle.architectures.stock import build_config
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.errors import CheckpointError, RefusalError
 from upcycle.files.formats.tensor_spec import TensorSpec
 
-Role = Literal["expert", "experts", "router", "bias", "other"]
+Role = Literal["expert", "experts", "expert biases", "router", "router bias", "bias", "other"]
 
 
+SPARSE_MIXED = 2  # experts that SparseMixer chooses
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight")
 _EXPERTS = re.compile(r".+\.(experts\.gate_up_proj|experts\.down_proj|block_sparse_moe\.(input|output)_linear\.weight)")
+_BIASES = re.compile(r".+\.experts\.(gate_up|down)_proj_bias")
+_ROUTER_BIAS = re.compile(r".+\.mlp\.router\.bias")
 _ROUTER = re.compile(r".+\.(mlp|block_sparse_moe|feed_forward)\.((gate|gate\.wg|router|router\.layer)\.weight)")
 _BIAS = re.compile(r".+\.((gate|mlp|block_sparse_moe|moe_statics)\.e_score_correction_bias|feed_forward\.expert_bias)")
 _MATRICES = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2": "down", "down_proj": "down"}
@@ -32,6 +43,7 @@ class ExpertRows(Origin):
 
     Normal noise, ``noise`` times the tensor's standard deviation, is added to all but the first ``kept`` of them. ``flat``: the
     stored tensor has a dimension of size 1 before that of the experts, and the written one has it, too (row), or not (vector).
+    ``form`` is that of a tensor of all experts' matrices.
     """
 
     taken: tuple[int, ...] = ()
@@ -39,6 +51,7 @@ class ExpertRows(Origin):
     noise: float = 0.0
     seed: int = 0
     flat: Literal["", "row", "vector"] = ""
+    form: FusedForm = PLAIN
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the written tensor."""
@@ -74,20 +87,20 @@ class MoeModel:
             CheckpointError: the stock class would refuse a value.
         """
         family = moe_family(raw, where)
-        if "num_hidden_layers" in raw:
-            check_layers(raw["num_hidden_layers"], specs, find_module_paths(family.name), where)
-        stock = build_config(raw, where)
+        whole = build_config(raw, where)
+        own, stock = family.text(raw), text_config(whole)
+        if "num_hidden_layers" in own:
+            check_layers(own["num_hidden_layers"], specs, _paths(family, whole), where)
         experts: Any = getattr(stock, family.experts_key, None)
         top_k: Any = getattr(stock, family.top_k_key, None)
         for key, value in ((family.experts_key, experts), (family.top_k_key, top_k)):
             if not isinstance(value, int) or value < 1:
                 raise CheckpointError(f"{where}: config.json: '{key}' must be a positive integer, got {value!r}")
-        if (groups := getattr(stock, "n_group", 1) or 1) > 1:
-            raise RefusalError(
-                f"{where}: config.json: 'n_group' is {groups}: the router chooses groups of experts first, and another "
-                "number of experts would change which"
+        if family.sparse_mixer and top_k != SPARSE_MIXED:
+            raise CheckpointError(
+                f"{where}: config.json: '{family.top_k_key}' is {top_k}, and a {family.name} router always chooses {SPARSE_MIXED}"
             )
-        return cls(
+        model = cls(
             family=family,
             raw=raw,
             specs=specs,
@@ -101,8 +114,10 @@ class MoeModel:
             vocab_size=stock.vocab_size,
             hidden_size=stock.hidden_size,
             context=stock.max_position_embeddings,
-            tied=bool(stock.tie_word_embeddings),
+            tied=bool(whole.tie_word_embeddings),
         )
+        model.__dict__["stock"] = stock  # it takes long to build
+        return model
 
     @property
     def sigmoid(self) -> bool:
@@ -110,14 +125,35 @@ class MoeModel:
         return self.family.sigmoid or self.raw.get("expert_selection_fn") == "sigmoid"
 
     @cached_property
+    def groups(self) -> int:
+        """How many groups of as many experts, one after another, a router chooses among first."""
+        greedy = getattr(self.stock, "topk_method", "") == "greedy"
+        return 1 if greedy else int(getattr(self.stock, "n_group", 1) or 1)
+
+    @property
+    def jitter(self) -> float | None:
+        """SparseMixer's noise, which tells how near a logit must be to share a weight; None: routers have no SparseMixer."""
+        return float(self.stock.router_jitter_noise) if self.family.sparse_mixer else None
+
+    @property
+    def clamp(self) -> tuple[float, float] | None:
+        """Of GPT-OSS's activation, the factor inside the sigmoid and the largest number; None: experts have another one."""
+        return (float(self.stock.swiglu_alpha), float(self.stock.swiglu_limit)) if self.family.clamped else None
+
+    @cached_property
+    def stock(self) -> Any:
+        """The stock configuration; of a model of parts, that of its text model."""
+        return text_config(build_config(self.raw, self.family.name))
+
+    @property
     def activation(self) -> str:
         """The activation of the experts, as stock configurations name it; classes without the key (LFM2) have SiLU."""
-        return str(getattr(build_config(self.raw, self.family.name), "hidden_act", "silu"))
+        return str(getattr(self.stock, "hidden_act", "silu"))
 
     @cached_property
     def module_paths(self) -> ModulePaths:
         """The paths of the parts in the stock class."""
-        return find_module_paths(self.family.name)
+        return _paths(self.family, build_config(self.raw, self.family.name) if self.family.parts else None)
 
     @cached_property
     def names(self) -> dict[int | None, list[str]]:
@@ -133,13 +169,18 @@ class MoeModel:
         return found
 
     def role(self, name: str) -> Role:
-        """Return what a tensor holds: a matrix of one expert or of all, the router's rows, the router's bias, or anything else."""
+        """Return what a tensor holds: a matrix of one expert or of all, or these's biases, the router's rows, what is added to its
+        logits, what is added for the choice alone, or anything else.
+        """
         if self.module_paths.layer_of(name) is None:
             return "other"
         if _EXPERT.fullmatch(name):
             return "expert"
         tall = tuple(self.specs[name].shape[:1]) == (self.experts,) or self.is_flat(name)
-        kinds: tuple[tuple[re.Pattern[str], Role], ...] = ((_EXPERTS, "experts"), (_ROUTER, "router"), (_BIAS, "bias"))
+        kinds: tuple[tuple[re.Pattern[str], Role], ...] = (
+            *((_EXPERTS, "experts"), (_BIASES, "expert biases"), (_ROUTER, "router")),
+            *((_ROUTER_BIAS, "router bias"), (_BIAS, "bias")),
+        )
         return next((role for pattern, role in kinds if tall and pattern.fullmatch(name)), "other")
 
     def is_flat(self, name: str) -> bool:
@@ -161,7 +202,8 @@ class MoeModel:
     @property
     def expert_elements(self) -> int:
         """The number of parameters in all routed experts of all layers."""
-        return sum(self.specs[name].elements for name in self.specs if self.role(name) in ("expert", "experts"))
+        held = ("expert", "experts", "expert biases")
+        return sum(self.specs[name].elements for name in self.specs if self.role(name) in held)
 
     def origins(self, layer: int, taken: Sequence[int], noise: float, seed: int) -> Iterator[tuple[str, Origin]]:
         """Yield the names and origins of the tensors of a layer that has the experts ``taken`` of this model's layer.
@@ -181,8 +223,8 @@ class MoeModel:
                 yield name, Origin(name)
             else:
                 drawn = noise if role == "router" else 0.0
-                flat: Any = "row" if self.is_flat(name) else ""
-                yield name, ExpertRows(name, taken=tuple(taken), kept=self.experts, noise=drawn, seed=seed, flat=flat)
+                rows = ExpertRows(name, taken=tuple(taken), kept=self.experts, noise=drawn, seed=seed)
+                yield name, replace(rows, flat="row" if self.is_flat(name) else "", form=self.form(name))
 
     def cut_origins(self, layer: int, cut: LayerCut) -> Iterator[tuple[str, Origin]]:
         """Yield the names and origins of the tensors of a layer whose experts are those of ``cut``."""
@@ -193,12 +235,14 @@ class MoeModel:
                     yield from self._cut_matrix(match[1], match[3], cut)
             elif role == "other":
                 yield name, Origin(name)
-            elif role == "experts" and cut.merges:
-                part: Literal["gate_up", "down"] = "down" if is_down(name) else "gate_up"
-                scale = cut.scale if part == "down" else 1.0
-                yield name, ExpertTerms(name, experts=cut.experts, names=(name,), part=part, scale=scale)
+            elif role in ("experts", "expert biases") and cut.merges:
+                part: Any = matrix_of(name)
+                scale = cut.scale if part in ("down", "down_bias") else 1.0
+                form = self.form(name)
+                yield name, ExpertTerms(name, experts=cut.experts, names=(name,), part=part, scale=scale, form=form)
             else:
-                yield name, ExpertRows(name, taken=cut.rows, flat="row" if self.is_flat(name) else "")
+                flat: Any = "row" if self.is_flat(name) else ""
+                yield name, ExpertRows(name, taken=cut.rows, flat=flat, form=self.form(name))
 
     def _cut_matrix(self, prefix: str, matrix: str, cut: LayerCut) -> Iterator[tuple[str, Origin]]:
         names = tuple(f"{prefix}.{expert}.{matrix}.weight" for expert in range(self.experts))
@@ -215,19 +259,41 @@ class MoeModel:
     @cached_property
     def expert_width(self) -> int:
         """The number of neurons of one routed expert."""
-        return next(spec.shape[-1] for name, spec in self.specs.items() if is_down(name))
+        downs = ((name, spec) for name, spec in self.specs.items() if is_down(name))
+        return next(self.form(name).plain_shape(tuple(spec.shape))[-1] for name, spec in downs)
+
+    def form(self, name: str) -> FusedForm:
+        """Return how a tensor of all experts' matrices is stored; of any other tensor, that it is as it is.
+
+        transformers takes the experts of some classes in two layouts, and tells them apart by their shapes.
+        """
+        if self.family.clamped:
+            return clamped_form(matrix_of(name))
+        if not self.family.transposes or not _EXPERTS.fullmatch(name):
+            return PLAIN
+        return FusedForm(transposed=tuple(self.specs[name].shape) != self._fused_shape(name), square=True)
+
+    def _fused_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape that a tensor of all experts has in the stock class."""
+        width = getattr(self.stock, "moe_intermediate_size", 0)
+        rows = (self.hidden_size, width) if is_down(name) else (2 * width, self.hidden_size)
+        return (self.experts, *rows)
 
     def config_with(self, experts: int, top_k: int, width: int | None = None) -> dict[str, Any]:
         """Return ``config.json`` with the numbers under every key that spells them; ``width`` is the neurons of an expert."""
-        config = {key: value for key, value in self.raw.items() if key != "auto_map"}
+        if self.family.sparse_mixer and top_k != SPARSE_MIXED:
+            raise RefusalError(
+                f"top_k {top_k}: a '{self.family.name}' router always chooses {SPARSE_MIXED} experts, whatever config.json says",
+                hint="leave the number of experts per token as it is",
+            )
+        config = self.family.text(self.raw)
         spelt = {"num_experts", "num_local_experts"} & set(config) or {self.family.experts_key}
-        config |= {**dict.fromkeys(spelt, experts), self.family.top_k_key: top_k}
+        changed = {**dict.fromkeys(spelt, experts), self.family.top_k_key: top_k}
         if width is not None and width != self.expert_width:
-            own = build_config(self.raw, self.family.name)
             # A key that the class does not read may be there, too, with another number.
             keys = ("moe_intermediate_size", "intermediate_size")
-            config[next(key for key in keys if getattr(own, key, None) == self.expert_width)] = width
-        return config
+            changed[next(key for key in keys if getattr(self.stock, key, None) == self.expert_width)] = width
+        return self.family.with_text(self.raw, changed)
 
     def expert_origins(self, layer: int) -> Iterator[tuple[int, Origin]]:
         """Yield every tensor, or part of one, that holds matrices of a single expert, after that expert's index."""
@@ -235,7 +301,7 @@ class MoeModel:
             role, match = self.role(name), _EXPERT.fullmatch(name)
             if role == "expert" and match:
                 yield int(match[2]), Origin(name)
-            elif role == "experts":
+            elif role in ("experts", "expert biases"):
                 yield from ((expert, ExpertRows(name, taken=(expert,))) for expert in range(self.experts))
 
     def stock_parts(self, layer: int | None) -> dict[str, list[str]]:
@@ -268,7 +334,10 @@ class MoeModel:
                     hint=BELONG_TOGETHER,
                 )
             sizes, found = TensorSpec(shape, "float32").elements, sum(self.specs[n].elements for n in parts[name])
-            if sizes != found or (len(parts[name]) == 1 and self.specs[parts[name][0]].shape != shape):
+            first = parts[name][0]
+            alone = tuple(self.specs[first].shape)
+            alone = alone if self.family.clamped else self.form(first).plain_shape(alone)
+            if sizes != found or (len(parts[name]) == 1 and alone != shape):
                 raise CheckpointError(
                     f"{where}: tensor '{parts[name][0]}' has shape {list(self.specs[parts[name][0]].shape)}"
                     + (f", and there are {len(parts[name])} such" if len(parts[name]) > 1 else "")
@@ -288,10 +357,19 @@ class MoeModel:
         return name
 
 
+def _paths(family: MoeFamily, whole: Any) -> ModulePaths:
+    return module_paths_of(whole) if family.parts else find_module_paths(family.name)
+
+
 def matrix_of(name: str) -> str:
-    """Return which matrix a stored tensor of experts holds: gate, up, gate_up (of fused ones) or down; empty: none."""
+    """Return which matrix a stored tensor of experts holds: gate, up, gate_up (of fused ones) or down; empty: none.
+
+    Biases of fused ones are gate_up_bias and down_bias.
+    """
     if match := _EXPERT.fullmatch(name):
         return _MATRICES.get(match[3], match[3])
+    if match := _BIASES.fullmatch(name):
+        return f"{match[1]}_bias"
     if not _EXPERTS.fullmatch(name):
         return ""
     return "down" if "down_proj" in name or "output_linear" in name else "gate_up"

@@ -96,7 +96,7 @@ class ExtendedMoe(MoeCheckpoint):
 
         if origin.part != "values":
             parts = ("gate", "up") if origin.part == "gate_up" else (origin.part,)
-            return torch.cat([self.new_matrix(origin, part, dtype) for part in parts])
+            return origin.form.stored(torch.cat([self.new_matrix(origin, part, dtype) for part in parts]))
         shape = () if origin.flat else self.store.specs[origin.name].shape[1:]
         row = (
             torch.tensor(origin.values, dtype=torch.float64)

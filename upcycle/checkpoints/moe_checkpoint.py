@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 from upcycle.architectures.expert_terms import SHARED_FFN, DenseMatrix, ExpertTerms, FfnPart, PackedMatrix, Term
 from upcycle.architectures.moe.dense_twin import beside_routed
 from upcycle.architectures.moe_families import moe_family
-from upcycle.architectures.stock_classes import stock_shapes
+from upcycle.architectures.stock import empty_model
+from upcycle.architectures.stock_classes import not_loaded, stock_shapes
 from upcycle.architectures.stored_moe import ExpertRows, MoeModel, expert_index, matrix_of
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.checkpoints.checkpoint import COPY_BLOCK_BYTES, Checkpoint
+from upcycle.checkpoints.tensor_store import RenamedStore, TensorStore
 from upcycle.files.formats.packed_folder import PackedFolder
 from upcycle.files.formats.tensor_names import quantized_weights, refuse_quantized
 from upcycle.files.locate import Source
@@ -41,7 +43,15 @@ class MoeCheckpoint(Checkpoint):
         self.model.check(stock_shapes(self.raw_config), source.name)
 
     def _identify(self) -> None:
-        moe_family(self.raw_config, self.source.name)
+        self._family = moe_family(self.raw_config, self.source.name)
+
+    def _named(self, store: TensorStore) -> TensorStore:
+        """Return the store without what the class of a model of parts leaves out when it loads: layers that predict further."""
+        if not self._family.parts:
+            return store
+        left_out = not_loaded(empty_model(self.raw_config, self.source.name))
+        names = {name: name for name in store.specs if not left_out.search(name)}
+        return store if len(names) == len(store.specs) else RenamedStore(store, names)
 
     def blocks(self, origin: Origin, dtype: str = "keep") -> Iterator[torch.Tensor]:
         """Yield a tensor of the result: as it is stored, or the wanted experts of it, in one or more blocks each."""
@@ -64,7 +74,7 @@ class MoeCheckpoint(Checkpoint):
                     yield self._checked(origin.name, block, dtype)
 
     def matrices(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
-        """Return an expert's matrices in fp32: gate and up ``[F, d]``, down ``[d, F]``.
+        """Return an expert's matrices in fp32: gate and up ``[F, d]``, down ``[d, F]``; and its biases, where it has some.
 
         ``SHARED_FFN`` stands for the shared ones.
         """
@@ -81,9 +91,13 @@ class MoeCheckpoint(Checkpoint):
             if role == "expert" and expert_index(name) == expert:
                 found[part] = self.read(name).float()
             elif role == "experts":
-                whole = torch.cat([*self.store.chunks(name, COPY_BLOCK_BYTES, (expert, 1))])[0].float()
+                stored = torch.cat([*self.store.chunks(name, COPY_BLOCK_BYTES, (expert, 1))])[0].float()
+                whole = self.model.form(name).plain(stored)
                 parts = {"down": whole} if part == "down" else dict(zip(("gate", "up"), whole.chunk(2), strict=True))
                 found.update(parts)
+            elif role == "expert biases":
+                own = torch.cat([*self.store.chunks(name, COPY_BLOCK_BYTES, (expert, 1))])[0].float()
+                found |= {"gate_bias": own[::2], "up_bias": own[1::2]} if part == "gate_up_bias" else {part: own}
         return found
 
     def _packed(self, origin: PackedMatrix, terms: Sequence[Term], dtype: str) -> torch.Tensor:
@@ -108,10 +122,11 @@ class MoeCheckpoint(Checkpoint):
 
         def matrix(expert: int) -> torch.Tensor:
             name, rows = (origin.names[0], (expert, 1)) if origin.fused else (origin.names[expert], None)
-            return torch.cat([*self.store.chunks(name, COPY_BLOCK_BYTES, rows)]).float()
+            return origin.form.plain(torch.cat([*self.store.chunks(name, COPY_BLOCK_BYTES, rows)]).float())
 
         total = sum_of_terms(terms, origin.part, matrix)
-        total = total if origin.scale == 1 else origin.scale * total
+        # Vectors are ``[1, rows]``, and their form is plain.
+        total = origin.form.stored(total if origin.scale == 1 else origin.scale * total)
         stored = self.store.specs[origin.names[0]].dtype if dtype == "keep" else dtype
         return self._checked(origin.name, total, stored)
 
@@ -192,6 +207,11 @@ def reordered(matrix: torch.Tensor, part: str, order: torch.Tensor) -> torch.Ten
 
     if part == "down":
         return matrix[..., order]
+    if part == "down_bias":
+        return matrix
+    if part == "gate_up_bias":  # gate and up take turns
+        pairs = matrix.unflatten(-1, (-1, 2))
+        return torch.as_tensor(pairs[..., order, :].flatten(-2))
     if part == "gate_up":
         gate, up = matrix.chunk(2, -2)
         return torch.cat([gate[..., order, :], up[..., order, :]], -2)

@@ -89,3 +89,8 @@ class RenamedStore:
     def read(self, name: str) -> torch.Tensor:
         """Return one whole tensor."""
         return self._store.read(self._names[name])
+
+
+def whole_store(store: TensorStore) -> TensorStore:
+    """Return the store behind one that leaves tensors out, or gives them other names."""
+    return store._store if isinstance(store, RenamedStore) else store

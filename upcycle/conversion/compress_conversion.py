@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle.architectures.expert_terms import DenseMatrix, FactorRows, LayerCut, PackedMatrix
+from upcycle.architectures.fused_form import fused_form_of
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.output_layout import OutputEntry, Unit, checked_finite
 from upcycle.conversion.factor_files import kept_file, product, read_factors, write_factors
@@ -47,6 +48,9 @@ if TYPE_CHECKING:
     from upcycle.methods.compressing.observations import Observations
     from upcycle.planning.verification_text import MeasuredText
     from upcycle.verification.verdict import Verification
+
+
+_MATRICES = ("gate", "up", "gate_up", "down")
 
 
 @dataclass(frozen=True)
@@ -256,13 +260,14 @@ class CompressConversion(CompressJob, GrowthConversion):
 
     def _is_product(self, entry: OutputEntry) -> bool:
         """Return whether a tensor holds products of factors in the place of experts' matrices."""
-        return self.compression.factored and self.changes and not self.wraps and self._part(entry) not in ("", "router")
+        return self.compression.factored and self.changes and not self.wraps and self._part(entry) in _MATRICES
 
     def _is_made(self, entry: OutputEntry) -> bool:
         """Return whether a tensor is one that the method made anew, or holds one."""
         if not self.changes or not self.compression.makes:
             return False
-        return bool({*self._part(entry).split("_")} & self.compression.makes)
+        part = self._part(entry)
+        return part in ("router", *_MATRICES) and bool({*part.split("_")} & self.compression.makes)
 
     def _made(self, unit: Unit, folder: Path) -> dict[str, torch.Tensor]:
         if unit.layer is None or not self.changes or not self.compression.makes or unit.layer not in read_cuts(folder):
@@ -345,7 +350,7 @@ def _refitted_blocks(entry: OutputEntry, whole: torch.Tensor, folder: Path) -> I
         cut = read_cuts(folder)[entry.origin.layer]
         assert isinstance(cut, LayerCut)
         block = ranked_rows(whole, [rank for _, rank in cut.ranks])
-    yield checked_finite(entry, block.reshape(entry.spec.shape))
+    yield checked_finite(entry, fused_form_of(entry.origin).stored(block).reshape(entry.spec.shape))
 
 
 def _made_blocks(entry: OutputEntry, part: str, made: dict[str, torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -357,7 +362,7 @@ def _made_blocks(entry: OutputEntry, part: str, made: dict[str, torch.Tensor]) -
     block = whole if place is None else whole[place]
     if part in ("gate", "up"):
         block = block.chunk(2)[part == "up"]
-    yield checked_finite(entry, block.reshape(entry.spec.shape).contiguous())
+    yield checked_finite(entry, fused_form_of(entry.origin).stored(block).reshape(entry.spec.shape).contiguous())
 
 
 def _matrices(checkpoint: MoeCheckpoint, layer: int) -> Matrices:

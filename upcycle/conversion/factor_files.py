@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from upcycle.architectures.expert_terms import LayerCut
+from upcycle.architectures.fused_form import fused_form_of
 from upcycle.architectures.stored_moe import expert_index, matrix_of
 from upcycle.checkpoints.output_layout import OutputEntry
 from upcycle.errors import CheckpointError
@@ -66,5 +67,5 @@ def product(entry: OutputEntry, layer: int, folder: Path) -> torch.Tensor:
     if part in ("gate", "up"):
         whole = [matrix.chunk(2)[("gate", "up").index(part)] for matrix in whole]
     expert = expert_index(entry.name)
-    made = torch.stack(whole) if expert is None else whole[expert]
+    made = fused_form_of(entry.origin).stored(torch.stack(whole)) if expert is None else whole[expert]
     return made.to(getattr(torch, entry.spec.dtype)).reshape(entry.spec.shape).contiguous()

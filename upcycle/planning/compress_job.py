@@ -43,17 +43,17 @@ class CompressJob(GrowthJob):
         assert isinstance(self.method, Compression)
         return self.method
 
-    @property
+    @cached_property
     def moe(self) -> MoeModel:
         """The source."""
         return MoeModel.read(self.source.raw, self.source.specs, self.source.where)
 
-    @property
+    @cached_property
     def keep(self) -> int:
         """How much is kept of what the method cuts, such as experts per layer."""
         return self.compression.kept(self.moe, self.recipe)
 
-    @property
+    @cached_property
     def changes(self) -> bool:
         """Whether anything is cut."""
         return self.compression.changed(self.moe, self.keep)
@@ -63,7 +63,7 @@ class CompressJob(GrowthJob):
         """Whether the result is ``upcycle_moe``."""
         return self.target_name == WRAPPED
 
-    @property
+    @cached_property
     def refits(self) -> bool:
         """Whether what is left is refitted on text."""
         return self.recipe.refit != "none" and self.changes and self.compression.refits
@@ -75,7 +75,7 @@ class CompressJob(GrowthJob):
             return "none"
         return "blocks" if self.recipe.refit == "blocks" else "down"
 
-    @property
+    @cached_property
     def refitted_parts(self) -> tuple[str, ...]:
         """Which tensors are refitted, by what they hold."""
         if not self.refits:
@@ -198,6 +198,13 @@ def checked_compression(job: C) -> C:
             else f"refit: blocks trains experts of the MoE's own class, and {recipe.method} makes others"
             + (f" into {WRAPPED}" if job.wraps else ""),
             hint="--refit down, blocks or none" if trains else "--refit down or none",
+        )
+    clamped = job.moe.family.clamped
+    if clamped and (recipe.refit == "blocks" or made.ternary):
+        what = f"{recipe.method} rounds" if made.ternary else "refit: blocks trains"
+        raise RefusalError(
+            f"{what} gate, up and down of experts alone, and those of a '{job.moe.family.name}' model have biases, too",
+            hint="another method" if made.ternary else "--refit down",
         )
     if recipe.refit == "down" and not job.compression.refits:
         raise UsageError(

@@ -241,7 +241,8 @@ def _entries(piece: Piece, recipe: Recipe, specs: Mapping[str, TensorSpec]) -> t
 
 def _hidden(origin: DenseMatrix, stored: TensorSpec) -> int:
     """Return the hidden size, given a stored tensor of experts."""
-    return stored.shape[-2] if origin.part == "down" else stored.shape[-1]
+    shape = origin.source.plain_shape(tuple(stored.shape))
+    return shape[-2] if origin.part == "down" else shape[-1]
 
 
 def _shape(origin: Origin, stored: TensorSpec) -> tuple[int, ...]:

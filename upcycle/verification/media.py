@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from upcycle.checkpoints.checkpoint import DenseCheckpoint
     from upcycle.models.stock_model import StockModel
     from upcycle.planning.expert_job import ExpertJob
+    from upcycle.progress import Progress
 
 _BEFORE, _BEHIND = 16, 32  # tokens of text around the image or sound
 _HELD_OUT = 8  # texts with images, at most
@@ -77,6 +78,24 @@ def compare_media(judge: StockModel, result: StockModel, wrapper: Wrapper, folde
             what += f" ({'; '.join(faults)})"
         return MediaCheck(relative((found - expected).double().square().sum().item(), norm), what)
     return MediaCheck(None, f"{wrapper.kind}s were not compared: {'; '.join(faults)}")
+
+
+def compare_parts(
+    judge: StockModel,
+    result: StockModel,
+    wrapper: Wrapper,
+    folder: Path,
+    seed: int,
+    progress: Progress,
+    held: list[SampleInputs] | None = None,
+) -> MediaCheck:
+    """Run both models on texts with images that were held out of a calibration (``held``), or else as :func:`compare_media`."""
+    with progress.phase(f"comparing on a text with {with_article(wrapper.kind)}", 1):
+        found = compare_held_out(judge, result, held) if held else compare_media(judge, result, wrapper, folder, seed)
+        progress.advance()
+    if found.error is None:
+        progress.note(found.what)
+    return found
 
 
 def compare_held_out(judge: StockModel, result: StockModel, inputs: list[SampleInputs]) -> MediaCheck:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,14 +18,12 @@ from upcycle.planning.expert_job import ExpertJob
 from upcycle.planning.job import PlannedJob
 from upcycle.verification.layer_errors import LayerErrors
 from upcycle.verification.measure import ModelDifference, batch_size, load_sides, measure_difference, measure_losses
-from upcycle.verification.media import MediaCheck, compare_held_out, compare_media, held_out_inputs, with_article
+from upcycle.verification.media import compare_parts, held_out_inputs
 from upcycle.verification.neurons_run import NeuronsRun
 from upcycle.verification.verdict import EXACT_TOLERANCE, STATES, Verification, said
 
 if TYPE_CHECKING:
-    from upcycle.architectures.towers.wrapper import Wrapper
     from upcycle.checkpoints.checkpoint import DenseCheckpoint
-    from upcycle.models.stock_model import StockModel
     from upcycle.planning.verification_text import MeasuredText
     from upcycle.progress import Progress
 
@@ -77,7 +75,10 @@ def verify_experts(
     if isinstance(job.family, CompositeFamily | PartsFamily):
         # Of the text model's layers, what texts give is enough; no text runs through other parts.
         watched = layers.measured_on(sides.judge) if isinstance(job.family, PartsFamily) else nullcontext()
-        media = _media(job, job.family.wrapper, checkpoint, sides.judge, moe, progress, watched)
+        with watched:
+            held = held_out_inputs(job, checkpoint)
+            where, seed = checkpoint.source.path, job.recipe.seed
+            media = compare_parts(sides.judge, moe, job.family.wrapper, where, seed, progress, held)
         measured = replace(measured, media=media)
     if training is not None:
         result = _trained(layers, measured, label, streamed, training)
@@ -87,26 +88,6 @@ def verify_experts(
     if unseen is None or result.verdict != "approximate":
         return result
     return replace(result, unseen=measure_losses(sides.plain, moe, unseen, batch, progress))
-
-
-def _media(
-    job: ExpertJob,
-    wrapper: Wrapper,
-    checkpoint: DenseCheckpoint,
-    judge: StockModel,
-    moe: StockModel,
-    progress: Progress,
-    watched: AbstractContextManager[None],
-) -> MediaCheck:
-    with progress.phase(f"comparing on a text with {with_article(wrapper.kind)}", 1), watched:
-        if held := held_out_inputs(job, checkpoint):
-            found = compare_held_out(judge, moe, held)
-        else:
-            found = compare_media(judge, moe, wrapper, checkpoint.source.path, job.recipe.seed)
-        progress.advance()
-    if found.error is None:
-        progress.note(found.what)
-    return found
 
 
 def _unmeasured(job: ExpertJob, measured: ModelDifference) -> str | None:

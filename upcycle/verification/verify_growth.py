@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,9 @@ from upcycle.models.stock_model import folder_model
 from upcycle.planning.growth_job import GrowthJob
 from upcycle.planning.verification_text import MeasuredText
 from upcycle.progress import Progress
+from upcycle.registry import find
 from upcycle.verification.measure import batch_size, load_sides, measure_difference
+from upcycle.verification.media import compare_parts
 from upcycle.verification.verdict import EXACT_TOLERANCE, Verification, said
 from upcycle.verification.verify_experts import check_keys, since_conversion
 
@@ -64,6 +67,9 @@ def verify_growth(
             GrowthMasks(after.model, new)  # as training begins
         progress.advance()
     measured = measure_difference(sides, after, ids, batch_size(job.vocab_size, ids, streamed), elements, progress)
+    if (wrapper := find("wrapper", job.family_name)) is not None and job.target_name == job.family_name:
+        where, seed = checkpoint.source.path, job.recipe.seed
+        measured = replace(measured, media=compare_parts(sides.judge, after, wrapper, where, seed, progress))
     promise, explanation = ("trained", since_conversion(training)) if training else job.promise
     tolerance = EXACT_TOLERANCE if promise == "exact" else None
     verdict: Literal["exact", "approximate", "broken"] = "exact" if promise == "exact" else "approximate"

@@ -48,8 +48,15 @@ NONE = {
     "glm4_moe-sigmoid": "'partial_rotary_factor' is 0.5",
     **{
         name: f"no dense architecture known here has the block of this '{name}' model"
-        for name in ("deepseek_v2", "glm4_moe_lite", "exaone_moe", "minimax_m2", "qwen3_next")
+        for name in ("deepseek_v2", "glm4_moe_lite", "exaone_moe", "minimax_m2", "qwen3_next", "granitemoehybrid")
     },
+    **{
+        name: f"a '{name}' model has other parts beside its text model, and dense models and upcycle_moe are made of text"
+        for name in ("qwen3_vl_moe", "qwen3_5_moe")
+    },
+    "gpt_oss": "the experts of a 'gpt_oss' model have biases and a clamped activation",
+    "phimoe": "stablelm: 'rope_parameters' is",  # which turns a quarter of each head, and is written with other numbers
+    "phimoe-constant": "stablelm: 'rope_parameters' is",
 }
 
 

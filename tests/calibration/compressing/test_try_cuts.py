@@ -36,8 +36,14 @@ def stream(model: Any, windows: torch.Tensor) -> torch.Tensor:
     return torch.as_tensor(found[0][0] if isinstance(found[0], tuple) else found[0])
 
 
+NAMES = [
+    *("granitemoe", "mixtral", "qwen2_moe", "cohere2_moe", "dots1", "gpt_oss", "phimoe", "granitemoehybrid"),
+    *("qwen3_vl_moe", "qwen3_5_moe"),
+]
+
+
 @pytest.mark.one_in(3)
-@pytest.mark.parametrize("name", ["granitemoe", "mixtral", "qwen2_moe", "cohere2_moe", "dots1"])
+@pytest.mark.parametrize("name", NAMES)
 def test_the_closest_combination_and_losses_are_those_of_stock_models(
     name: str, pico_moe: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:

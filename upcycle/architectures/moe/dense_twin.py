@@ -99,6 +99,17 @@ def dense_twin(
         RefusalError: none fits, or not the wanted one; the message says why.
     """
     name = model.family.name
+    if model.family.parts:
+        raise RefusalError(
+            f"{where}: a '{name}' model has other parts beside its text model, and dense models and upcycle_moe are made of text "
+            "models alone",
+            hint=hint or "methods that leave out or merge experts keep the architecture: --method naee --keep 0.5",
+        )
+    if model.family.clamped:
+        raise RefusalError(
+            f"{where}: the experts of a '{name}' model have biases and a clamped activation, as no dense FFN made of them here has",
+            hint=hint or "methods that leave out or merge experts keep the architecture: --method naee --keep 0.5",
+        )
     able = [family for family in FAMILIES if name in load("family", family).targets] if name in TARGETS else []
     if wanted != "auto" and wanted not in FAMILIES:
         raise UsageError(
@@ -143,7 +154,7 @@ def _twin(model: MoeModel, width: int, family: Family, target: Target) -> DenseT
 
 def _config(model: MoeModel, family: Family, width: int) -> dict[str, Any]:
     """Return the dense ``config.json``: every key of the dense class that the MoE's class has, too, with the MoE's value."""
-    stock: Any = build_config(model.raw, model.family.name)
+    stock = model.stock
     keys = build_config({"model_type": family.name}, family.name).to_dict()
     content = stock.to_dict()
     config = {key: content[key] for key in keys if key in content and key not in _NOT_SETTINGS}

@@ -61,6 +61,11 @@ def wrapped_moe(
     Raises:
         RefusalError: no dense family has its block, or its layers without experts have FFNs of several widths.
     """
+    if model.family.sparse_mixer:
+        raise RefusalError(
+            f"{where}: no router of upcycle_moe weighs experts as SparseMixer does, by which '{model.family.name}' routes",
+            hint=_ELSE,
+        )
     twin = dense_twin(model, _dense_width(model, where), "auto", made_of, where, _ELSE)
     names = {layer: _roles(model, layer) for layer in model.moe_layers}
     replaced = _replaced(model, twin, cuts, rules, names)
@@ -82,7 +87,7 @@ def stock_rule(model: MoeModel, top_k: int, biased: bool) -> TopKRule:
         biased: whether a bias is added to the scores for the choice.
     """
     scores: Any = "sigmoid" if model.sigmoid else "softmax"
-    factor = float(getattr(build_config(model.raw, model.family.name), "routed_scaling_factor", None) or 1.0)
+    factor = float(getattr(model.stock, "routed_scaling_factor", None) or 1.0)
     epsilon = model.family.epsilon if model.normalized else 0.0
     if biased or factor != 1 or epsilon:
         return BiasedTopKRule(top_k, scores, model.normalized, biased, factor, epsilon)

@@ -230,7 +230,10 @@ def composite_family(raw: Mapping[str, Any], where: str) -> CompositeFamily:
     name = model_type(raw, where)
     wrapper: Wrapper = load("wrapper", name)
     if name == wrapper.moe:
-        raise RefusalError(f"cannot convert a '{name}' model: {reason(name)}")
+        raise RefusalError(
+            f"cannot convert a '{name}' model: {reason(name)}",
+            hint="--method expert_upcycling gives it more experts; upcycle compress, with naee or slim, makes it smaller",
+        )
     given: Any = raw.get(TEXT)
     said = given.get("model_type") if isinstance(given, Mapping) else None
     if isinstance(said, str) and (inner := wrapper.family(said)) is not None:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from upcycle.architectures.fused_form import clamped_form
+from upcycle.checkpoints.tensor_store import whole_store
 from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.models.stock_layers import layers_of
 
@@ -28,7 +30,7 @@ def layers_with_experts_in_files(checkpoint: MoeCheckpoint, dtype: str) -> Layer
         checkpoint: the MoE. One that is stored in FP8 is read with the experts of a layer together.
         dtype: the dtype to round weights to, as a recipe's ``dtype`` means it.
     """
-    if type(checkpoint.store) is not SafetensorsFolder:
+    if type(whole_store(checkpoint.store)) is not SafetensorsFolder:
         return layers_of(checkpoint, dtype)
     return _ExpertsInFiles(checkpoint, dtype)
 
@@ -41,7 +43,8 @@ class _ExpertsInFiles:
         weights = tuple(f".experts.{name}" for name in _PARTS)
 
         def stays(name: str) -> bool:
-            return name.endswith(weights) or name == self._paths.head_weight
+            # Text does not reach other parts, such as an encoder of images.
+            return name.endswith(weights) or name == self._paths.head_weight or not self._paths.has(name)
 
         self._expert = _Expert(checkpoint, dtype)
         self._layers = layers_of(checkpoint, dtype, left_out=stays)
@@ -77,7 +80,11 @@ class _Expert:
             found = self._checkpoint.matrices(layer, expert)
             if self._dtype is not None:
                 found = {part: matrix.to(self._dtype).float() for part, matrix in found.items()}
-            self._matrices = {key: torch.cat([found.pop(part) for part in parts]) for key, parts in _PARTS.items()}
+            fused = {key: torch.cat([found[part] for part in parts]) for key, parts in _PARTS.items()}
+            if self._checkpoint.model.family.clamped:
+                forms = {key: clamped_form("_".join(parts)) for key, parts in _PARTS.items()}
+                fused = {key: forms[key].stored(matrix) for key, matrix in fused.items()}
+            self._matrices = fused
             self._held = layer, expert
         return self._matrices[name]
 

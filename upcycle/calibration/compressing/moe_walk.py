@@ -241,7 +241,7 @@ def _seen(experts: Any, see: Callable[[ExpertRun], None] | None) -> Iterator[Non
             if len(tokens):
                 own, inputs = weights[tokens, slots], x[tokens]
                 active = active_neurons(experts, inputs, expert)
-                output = linear(active, experts.down_proj[expert].detach())
+                output = linear(active, down_projection(experts, expert), down_bias(experts, expert))
                 total.index_add_(0, tokens, (output * own[:, None]).to(total.dtype))
                 assert see is not None
                 see(ExpertRun(expert, inputs, own.float(), active, output))
@@ -278,9 +278,38 @@ def active_neurons(experts: Any, x: torch.Tensor, expert: int) -> torch.Tensor:
     """
     if isinstance(experts, PackedExperts | FactoredExperts):
         return experts.active(x, expert)
+    active: torch.Tensor
+    if is_clamped(
+        experts
+    ):  # the class has inputs before outputs, and computes what it makes of gate and up, which take turns
+        active = experts._apply_gate(
+            x @ experts.gate_up_proj[expert].detach() + experts.gate_up_proj_bias[expert].detach()
+        )
+        return active
     gate, up = linear(x, experts.gate_up_proj[expert].detach()).chunk(2, dim=-1)
-    active: torch.Tensor = experts.act_fn(gate) * up
+    active = experts.act_fn(gate) * up
     return active
+
+
+def is_clamped(experts: Any) -> bool:
+    """Return whether a module holds GPT-OSS's experts: see :class:`~upcycle.architectures.moe_families.MoeFamily`."""
+    return hasattr(experts, "gate_up_proj_bias")
+
+
+def expert_neurons(experts: Any) -> int:
+    """Return the number of neurons of an expert of a stock class's module."""
+    return int(experts.down_proj.shape[-2 if is_clamped(experts) else -1])
+
+
+def down_projection(experts: Any, expert: int) -> torch.Tensor:
+    """Return the down projection ``[d, F]`` of one expert of a stock class's module."""
+    found: torch.Tensor = experts.down_proj[expert].detach()
+    return found.mT if is_clamped(experts) else found
+
+
+def down_bias(experts: Any, expert: int) -> torch.Tensor | None:
+    """Return the bias ``[d]`` of one expert's output; None: it has none."""
+    return experts.down_proj_bias[expert].detach() if is_clamped(experts) else None
 
 
 def down_projections(experts: Any) -> torch.Tensor:
@@ -291,7 +320,7 @@ def down_projections(experts: Any) -> torch.Tensor:
         rows: torch.Tensor = experts.down.detach().unflatten(0, (experts.count, -1))
         return rows.mT
     found: torch.Tensor = experts.down_proj.detach()
-    return found
+    return found.mT.contiguous() if is_clamped(experts) else found
 
 
 def set_down_projections(experts: Any, down: torch.Tensor) -> None:
@@ -301,7 +330,7 @@ def set_down_projections(experts: Any, down: torch.Tensor) -> None:
     elif isinstance(experts, PackedExperts):
         experts.down.data = down.mT.flatten(0, 1).contiguous()
     else:
-        experts.down_proj.data = down
+        experts.down_proj.data = down.mT.contiguous() if is_clamped(experts) else down
 
 
 def _tensor(made: Any) -> torch.Tensor:

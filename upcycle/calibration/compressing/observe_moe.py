@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from upcycle.calibration.compressing.experts_in_files import layers_with_experts_in_files
-from upcycle.calibration.compressing.moe_walk import ExpertRun, MoeWalk, Routed
+from upcycle.calibration.compressing.moe_walk import ExpertRun, MoeWalk, Routed, expert_neurons
 from upcycle.errors import CheckpointError, RefusalError
 from upcycle.files.atomic_files import write_whole
 from upcycle.methods.compressing.observations import (
@@ -140,6 +140,7 @@ class _Sums:
     def __init__(self, walk: MoeWalk, index: int, tokens: int, model: MoeModel) -> None:
         self._walk, self._index = walk, index
         self._place, self._sigmoid, self._normalized = walk.places[index], model.sigmoid, model.normalized
+        self._mixed = model.family.sparse_mixer
         count = self._place.count
         self._tokens = self._cosine = 0.0
         self._block: torch.Tensor | None = None
@@ -147,7 +148,7 @@ class _Sums:
         self._load, self._weight, self._score = zeros.clone(), zeros.clone(), zeros.clone()
         self._norm, self._saliency = zeros.clone(), zeros.clone()
         experts: Any = self._place.experts
-        width = int(experts.down_proj.shape[-1])
+        width = expert_neurons(experts)
         self._neurons = torch.zeros(count, width)
         self._neuron_gram = torch.zeros((count, width, width) if count * width**2 <= MOST_GRAM else (0,))
         self._input_gram = torch.zeros(gram_shape(count, model.hidden_size))
@@ -261,6 +262,8 @@ class _Sums:
 
     def _factor(self, logits: torch.Tensor, weights: torch.Tensor) -> float:
         """Return what multiplies the weights, read off those of the sampled tokens."""
+        if self._mixed:  # its weights are no multiples of scores
+            return 1.0
         if self._normalized:
             return round(float(weights.sum(1).mean()), 5)
         scores = logits.sigmoid() if self._sigmoid else logits.softmax(-1)

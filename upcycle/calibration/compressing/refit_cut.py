@@ -20,6 +20,7 @@ import torch
 from torch.nn.functional import linear
 
 from upcycle.architectures.expert_terms import LayerCut
+from upcycle.architectures.fused_form import PLAIN, clamped_form
 from upcycle.architectures.stock import build_config, empty_model
 from upcycle.calibration.compressing.made_parts import held_out_tokens, made_parts
 from upcycle.calibration.compressing.moe_walk import (
@@ -193,8 +194,10 @@ class CutLayers:
         outside = {name: part.data for name, part in uncut.model.named_parameters() if not part.is_meta}
         self.model.load_state_dict(outside, strict=False, assign=True)
         from upcycle.architectures.module_paths import module_paths_of
+        from upcycle.architectures.moe_families import moe_family
 
         self._layers = module_paths_of(self.model.config).layers_in(self.model)
+        self._clamped = moe_family(config, "config.json").clamped
 
     def load(self, index: int) -> None:
         """See :class:`upcycle.models.stock_layers.Layers`."""
@@ -202,7 +205,7 @@ class CutLayers:
         whole = self._uncut.layers[index].state_dict()
         wanted = self._layers[index].state_dict()
         state = {
-            n: t if cut is None else _cut_tensor(n, t, wanted[n].shape, cut, self._stored(index))
+            n: t if cut is None else _cut_tensor(n, t, wanted[n].shape, cut, self._stored(index), self._clamped)
             for n, t in whole.items()
         }
         made = {} if self._made is None else self._made(index)
@@ -214,15 +217,24 @@ class CutLayers:
         self._layers[index].to("meta")
 
 
-def _cut_tensor(name: str, whole: torch.Tensor, shape: torch.Size, cut: LayerCut, stored: torch.dtype) -> torch.Tensor:
+def _cut_tensor(
+    name: str, whole: torch.Tensor, shape: torch.Size, cut: LayerCut, stored: torch.dtype, clamped: bool
+) -> torch.Tensor:
     """Return a tensor of the layer that is left; sums of experts are rounded as they will be stored."""
     of_experts = ".experts." in f".{name}"
     if whole.shape == shape and not (of_experts and cut.merges):
         return whole
     if not of_experts:
         return (whole[:, list(cut.rows)] if len(whole) == 1 else whole[list(cut.rows)]).clone()
-    part = "down" if name.endswith("down_proj") else "gate_up"  # where d is 2 F, both have one shape
-    made = torch.stack([sum_of_terms(terms, part, whole.__getitem__) for terms in cut.experts])
+    part = (
+        "down" if name.removesuffix("_bias").endswith("down_proj") else "gate_up"
+    )  # where d is 2 F, both have one shape
+    if name.endswith("_bias"):
+        form, which = PLAIN, f"{part}_bias"
+    else:
+        form, which = clamped_form(part) if clamped else PLAIN, part
+    rows = [sum_of_terms(terms, which, lambda expert: form.plain(whole[expert])) for terms in cut.experts]
+    made = form.stored(torch.stack(rows))
     made = made * cut.scale if part == "down" and cut.scale != 1 else made
     return made.to(stored).float() if cut.merges else made
 

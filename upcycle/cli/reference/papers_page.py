@@ -76,6 +76,7 @@ TITLES = {
     "2408.11855": "FactorLLM: Factorizing Knowledge via Mixture of Experts for Large Language Models",
     "2408.15664": "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts",
     "2408.15881": "LLaVA-MoD: Making LLaVA Tiny via MoE Knowledge Distillation",
+    "2409.12136": "GRIN: GRadient-INformed MoE",
     "2410.05357": "Model-GLUE: Democratized LLM Scaling for A Large Model Zoo in the Wild",
     "2410.06270": "Mixture Compressor for Mixture-of-Experts LLMs Gains More",
     "2410.07524": "Upcycling Large Language Models into Mixture of Experts",

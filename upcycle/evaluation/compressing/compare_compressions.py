@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
-from upcycle.architectures.moe_families import MOES
+from upcycle.architectures.moe_families import describes_moe
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.calibration.compressing.observe_file import observe
 from upcycle.calibration.compressing.observe_moe import gram_shape, sampled_tokens
@@ -37,7 +37,6 @@ from upcycle.methods.compressing.observations import MOST_GRAM
 from upcycle.models.stock_model import folder_model
 from upcycle.notebook import IN_NOTEBOOKS
 from upcycle.progress import Progress
-from upcycle.registry import FAMILIES
 from upcycle.text.mixture import text_names
 from upcycle.text.reading.plain_text import SELF_WRITTEN
 
@@ -53,8 +52,7 @@ def is_moe(source: str) -> bool:
     path = locate(source, config_only=True).path
     if path.is_file():
         return False
-    model_type = read_config(path).get("model_type")
-    return model_type in MOES and model_type not in FAMILIES
+    return describes_moe(read_config(path))
 
 
 def compare_compressions(

@@ -53,7 +53,7 @@ def time_cuts(
         _name(one.sizes): model.config_with(*one.sizes[:3]) if one.job.wraps else one.job.config for one in candidates
     }
     shapes = {
-        name: (config, int(config.get("num_hidden_layers", model.layers)))
+        name: (config, int(model.family.text(config).get("num_hidden_layers", model.layers)))
         for name, config in {_UNCUT: raw, **configs}.items()
     }
     layers = (

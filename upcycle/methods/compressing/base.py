@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from upcycle.architectures.expert_terms import BlockCut, LayerCut
+from upcycle.architectures.expert_terms import BlockCut, LayerCut, Term
 from upcycle.architectures.stored_moe import MoeModel
 from upcycle.errors import UsageError
 from upcycle.methods.base import PREFERRED_MULTIPLE
 from upcycle.methods.compressing.described_cuts import Cut, described_cut
 from upcycle.methods.compressing.layer_source import ExpertTokens, LayerSource, Matrices, ModelSource
-from upcycle.methods.growing.base import Described, Grown, Growth, Piece, moe_pieces
+from upcycle.methods.growing.base import Described, Grown, Growth, Piece, moe_pieces, refuse_groups
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +65,7 @@ class Compression(Growth):
     refits: ClassVar[bool] = True  # whether down projections may be refitted
     makes: ClassVar[frozenset[str]] = frozenset()  # of router, gate, up and down, those that :meth:`made` makes anew
     removes: ClassVar[bool] = True  # whether anything is left out or merged; else only the precision changes
+    grouped: ClassVar[bool] = False  # whether experts can be cut group by group, where routers choose groups first
     ternary: ClassVar[bool] = False  # whether experts are rounded, and the refit is of what rounding leaves
 
     @property
@@ -156,6 +158,8 @@ class Compression(Growth):
         model = MoeModel.read(source.raw, source.specs, source.where)
         keep = self.kept(model, recipe)
         sizes = self.sizes(model, keep)
+        if (sizes.experts != model.experts and not self.grouped) or wraps(model, recipe):
+            refuse_groups(model, self.name)
         cuts = choice or self.undecided(model, keep)
         exact = not self.changed(model, keep)
         gone, summary = self.said(model, keep)
@@ -189,7 +193,7 @@ class Compression(Growth):
                 / len(model.moe_layers)
             ),
             source_idle=model.expert_elements // model.experts * (model.experts - model.top_k),
-            warnings=(() if exact else (LOSS_WARNING,)) + self.remarks(model, recipe, keep),
+            warnings=(() if exact else (LOSS_WARNING, *_of_parts(model))) + self.remarks(model, recipe, keep),
         )
 
     def _wrapped(
@@ -225,13 +229,36 @@ class Compression(Growth):
             source: the MoE.
             keep: what :meth:`kept` returned.
         """
-        return {layer: self.cut(own, keep) for layer, own in source.layers.items()}
+        groups = source.model.groups if self.grouped and keep != source.model.experts else 1
+        return {layer: self._of_groups(own, keep, groups) for layer, own in source.layers.items()}
+
+    def _of_groups(self, source: LayerSource, keep: int, groups: int) -> Cut:
+        """Decide a layer; where a router chooses groups first, each group by itself, as if there were no other experts."""
+        if groups == 1:
+            return self.cut(source, keep)
+        size = source.seen.experts // groups
+        rows: list[int] = []
+        experts: list[tuple[Term, ...]] = []
+        for first in range(0, source.seen.experts, size):
+            own = self.cut(source.some(first, size), keep // groups)
+            assert isinstance(own, LayerCut)
+            rows += [first + row for row in own.rows]
+            experts += [tuple(replace(term, expert=first + term.expert) for term in terms) for terms in own.experts]
+        return LayerCut(tuple(experts), tuple(rows))
 
 
 LOSS_WARNING = (
     "cuts hurt text of other kinds than the calibration's, and what the model writes, more than the perplexity of the calibrated "
     "kind shows: measure both"
 )
+
+
+def _of_parts(model: MoeModel) -> tuple[str, ...]:
+    if not model.family.parts:
+        return ()
+    return (
+        "calibration reads text alone: what experts do for images is not seen, so measure the result on images, too",
+    )
 
 
 def wraps(model: MoeModel, recipe: Recipe) -> bool:
@@ -264,6 +291,14 @@ def kept_experts(model: MoeModel, recipe: Recipe) -> int:
         raise UsageError(
             f"keep {recipe.keep:g} of {model.experts} experts leaves {keep}, and every token chooses {model.top_k}",
             hint=f"--keep {least:g} or more",
+        )
+    least = max(2, -(-model.top_k // (model.stock.topk_group or 1))) if model.groups > 1 else 1
+    if keep < model.experts and model.groups > 1 and (keep % model.groups or keep // model.groups < least):
+        size = model.experts // model.groups
+        raise UsageError(
+            f"keep {recipe.keep:g} of {model.experts} experts leaves {keep}, and each of {model.groups} groups ('n_group') must "
+            f"have as many, and {least} at least",
+            hint=f"--keep {', '.join(f'{kept / size:.4g}' for kept in range(size - 1, least - 1, -1)) or 1}",
         )
     if keep == model.experts and recipe.keep < 1:
         raise UsageError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from upcycle.architectures.expert_terms import LayerCut
@@ -47,6 +47,8 @@ class LayerSource:
         matrices: reads the matrices of an expert.
         seed: of random choices.
         activation: that of the experts, as configurations name it.
+        jitter: SparseMixer's noise, where routers weigh by it.
+        clamp: of GPT-OSS's activation, the factor inside the sigmoid and the largest number; None: the activation is that one.
     """
 
     layer: int
@@ -57,6 +59,33 @@ class LayerSource:
     matrices: Matrices
     seed: int
     activation: str = "silu"
+    jitter: float | None = None
+    clamp: tuple[float, float] | None = None
+
+    def hidden(self, matrices: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """Return the activations ``[T, F]`` of an expert's neurons for inputs ``[T, d]``; ``matrices`` are its, and its biases.
+
+        With a clamp (a, m) they are ``(up + 1) g sigmoid(a g)``, gate g clamped to at most m, up to at most m either way.
+        """
+        from upcycle.ffn.neurons import activation_function
+
+        gate, up = x @ matrices["gate"].T, x @ matrices["up"].T
+        if self.clamp is None:
+            made: torch.Tensor = activation_function(self.activation)(gate) * up
+            return made
+        factor, most = self.clamp
+        gate = (gate + matrices["gate_bias"]).clamp(max=most)
+        up = (up + matrices["up_bias"]).clamp(-most, most)
+        return (up + 1) * gate * (factor * gate).sigmoid()
+
+    def some(self, first: int, count: int) -> LayerSource:
+        """Return what may be seen of some of the experts that lie side by side, as if there were no others."""
+        return replace(self, seen=self.seen.some(first, count), matrices=lambda expert: self.matrices(first + expert))
+
+    def output(self, matrices: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """Return an expert's output ``[T, d]`` likewise, before it is weighted."""
+        made = self.hidden(matrices, x) @ matrices["down"].T
+        return made + matrices["down_bias"] if "down_bias" in matrices else made
 
 
 class Trial(Protocol):
@@ -108,6 +137,8 @@ class ModelSource:
                 matrices=self.matrices(layer),
                 seed=self.seed,
                 activation=self.model.activation,
+                jitter=self.model.jitter,
+                clamp=self.model.clamp,
             )
             for layer, seen in self.observed.layers.items()
         }

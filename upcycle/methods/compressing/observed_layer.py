@@ -70,3 +70,35 @@ class LayerObservations:
     def experts(self) -> int:
         """The number E of routed experts."""
         return len(self.load)
+
+    def some(self, first: int, count: int) -> LayerObservations:
+        """Return the observations of the experts ``first`` to ``first + count - 1`` alone."""
+        return _SomeExperts(self, slice(first, first + count))
+
+
+_BY_EXPERT = (
+    *("load", "weight", "score", "norm", "saliency", "bias", "neurons", "neuron_gram", "input_gram"),
+    *("mean_output", "gated_output"),
+)
+_BY_TOKEN = ("sample_logits", "sample_weights")
+
+
+class _SomeExperts(LayerObservations):
+    """Takes those of some experts out of others whenever an attribute is asked for: these may be in a file."""
+
+    def __init__(self, whole: LayerObservations, own: slice) -> None:
+        object.__setattr__(self, "_whole", whole)
+        object.__setattr__(self, "_own", own)
+
+    def __getattr__(self, name: str) -> torch.Tensor:
+        whole: LayerObservations = self.__dict__["_whole"]
+        own: slice = self.__dict__["_own"]
+        found: torch.Tensor = getattr(whole, name)
+        if name in _BY_TOKEN:
+            return found[:, own]
+        if name == "logits_gram":
+            return found[own, own]
+        if name == "sample_gram":
+            return found[:, own, own]
+        of_each = name in _BY_EXPERT and len(found) == whole.experts  # Gram matrices may be of all tokens, or empty
+        return found[own] if of_each else found

@@ -8,11 +8,10 @@ from pydantic import Field
 
 from upcycle.architectures.added_expert import with_expert
 from upcycle.architectures.moe.dense_twin import width_beside
-from upcycle.architectures.stock import build_config
 from upcycle.architectures.stored_moe import MoeModel
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.errors import RefusalError, UsageError
-from upcycle.methods.growing.base import Described, Grown, Growth, moe_pieces
+from upcycle.methods.growing.base import Described, Grown, Growth, moe_pieces, refuse_groups
 from upcycle.plugins import PluginParameters
 from upcycle.registry import FAMILIES, TARGETS, load
 
@@ -179,13 +178,20 @@ def check_can_be_expert(model: MoeModel, source: Described, added: Described) ->
             hint="name a text model",
         )
     moe = model.family.name
+    refuse_groups(model, AddExpert.name)
+    if model.family.clamped:
+        raise RefusalError(
+            f"{source.where}: the experts of a '{moe}' model have biases and a clamped activation, and no dense model known here has "
+            "such FFNs",
+            hint="--method expert_upcycling copies experts that it has",
+        )
     able = [name for name in FAMILIES if moe in load("family", name).targets] if moe in TARGETS else []
     if able and family.name not in able:
         raise RefusalError(
             f"{added.where} is a '{family.name}' model, whose block is not that of the '{moe}' model {source.where}",
             hint=f"FFNs of these can be experts of it: {', '.join(able)}",
         )
-    stock: Any = build_config(model.raw, moe)
+    stock = model.stock
     pairs = (
         ("hidden_size", model.hidden_size, dense.hidden_size),
         ("num_hidden_layers", model.layers, dense.num_hidden_layers),
@@ -228,7 +234,7 @@ def _warnings(model: MoeModel, source: Described) -> list[str]:
             "the MoE has shared experts, which are on beside the added one: a whole FFN beside them adds to the stream twice, until "
             "the model is trained"
         )
-    factor = float(getattr(build_config(model.raw, source.where), "routed_scaling_factor", None) or 1.0)
+    factor = float(getattr(model.stock, "routed_scaling_factor", None) or 1.0)
     if not model.normalized or factor != 1:
         sums = "do not sum to 1" if not model.normalized else f"sum to {factor:g}"
         found.append(

@@ -192,6 +192,20 @@ class DenseGrowth(Growth):
         )
 
 
+def refuse_groups(model: MoeModel, method: str) -> None:
+    """Refuse groups of experts for a method that changes how many experts there are, or which lie side by side.
+
+    Raises:
+        RefusalError: routers choose groups first.
+    """
+    if model.groups > 1:
+        raise RefusalError(
+            f"{method} does not take this '{model.family.name}' model: its routers choose among {model.groups} groups of experts "
+            "first ('n_group'), and which group an expert is in would change",
+            hint="compressions that keep groups: frequency, reap, hc_smoe, m_smoe, ream; lower_top_k and block_drop leave all experts",
+        )
+
+
 def moe_pieces(model: MoeModel, made: Mapping[int, Mapping[str, Origin]]) -> list[Piece]:
     """Return every tensor of a MoE of as many layers, in the order in which they are written.
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from upcycle.architectures.stored_moe import MoeModel
 from upcycle.errors import UsageError
-from upcycle.methods.growing.base import CopiedExperts, Described, Grown, Growth, Promise, moe_pieces
+from upcycle.methods.growing.base import CopiedExperts, Described, Grown, Growth, Promise, moe_pieces, refuse_groups
 from upcycle.plugins import PluginParameters
 
 if TYPE_CHECKING:
@@ -110,6 +110,7 @@ class ExpertUpcycling(Growth):
 
     def _check(self, model: MoeModel, experts: int, top_k: int, where: str) -> None:
         old, most = model.experts, self.parameters.most_copies
+        refuse_groups(model, self.name)
         if experts <= old:
             raise UsageError(
                 f"{where} has {old} experts already, and {experts} are asked for",
@@ -131,8 +132,10 @@ class ExpertUpcycling(Growth):
     def _promise(self, model: MoeModel, experts: int, top_k: int) -> Promise:
         """See the class."""
         times, rest = divmod(experts, model.experts)
-        if self.parameters.utility != "uniform" or rest:
-            return "approximate", f"experts that are copied more often take more of the {top_k} slots"
+        if self.parameters.utility != "uniform" or rest or model.family.sparse_mixer:
+            why = f"experts that are copied more often take more of the {top_k} slots"
+            mixed = "SparseMixer chooses copies of one expert, and divides the first weight among them"
+            return "approximate", mixed if model.family.sparse_mixer else why
         same = _same_as(model, times, top_k)
         if not same and model.sigmoid and not model.normalized:
             return "approximate", "weights that are not normalised add up to more with every copy"

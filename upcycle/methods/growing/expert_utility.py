@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from upcycle.architectures.module_paths import find_module_paths
+from upcycle.architectures.module_paths import module_paths_of
 from upcycle.architectures.stock import load_stock_model
 from upcycle.architectures.stored_moe import MoeModel
 from upcycle.errors import EnvironmentFault
@@ -100,7 +100,7 @@ def _one_by_one(windows: torch.Tensor, progress: Progress) -> Iterator[torch.Ten
 
 
 def _from_gradients(model: Any, windows: torch.Tensor, utility: str, progress: Progress) -> Utility:
-    layers = find_module_paths(model.config.model_type).layers_in(model)
+    layers = module_paths_of(model.config).layers_in(model)
     experts = {i: found for i, layer in enumerate(layers) if (found := _taken_apart(layer))}
     predicted = len(windows) * (windows.shape[1] - 1)
     for ids in _one_by_one(windows, progress):
@@ -110,6 +110,9 @@ def _from_gradients(model: Any, windows: torch.Tensor, utility: str, progress: P
     return {layer: np.array([_effect(own, utility) for own in found]) for layer, found in experts.items()}
 
 
+_TENSORS = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
+
+
 def _taken_apart(layer: torch.nn.Module) -> list[list[torch.nn.Parameter]]:
     """Return the matrices of every expert of a layer, each as a leaf tensor of its own in the same memory.
 
@@ -117,7 +120,7 @@ def _taken_apart(layer: torch.nn.Module) -> list[list[torch.nn.Parameter]]:
     """
     apart: list[tuple[torch.nn.Parameter, ...]] = []
     for module in [module for name, module in layer.named_modules() if name.endswith(".experts")]:
-        for name in ("gate_up_proj", "down_proj"):
+        for name in [name for name in _TENSORS if hasattr(module, name)]:
             rows = [torch.nn.Parameter(row) for row in getattr(module, name).detach().unbind()]
             delattr(module, name)
             setattr(module, name, torch.nn.ParameterList(rows))

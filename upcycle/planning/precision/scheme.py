@@ -215,9 +215,10 @@ def scheme_of(
 
 def config_experts(model: MoeModel, config: Mapping[str, Any]) -> int:
     """Return how many experts a layer of the result has."""
+    from upcycle.architectures.module_paths import text_config
     from upcycle.architectures.stock import build_config
 
-    return int(getattr(build_config(config, "config.json"), model.family.experts_key))
+    return int(getattr(text_config(build_config(config, "config.json")), model.family.experts_key))
 
 
 def expert_width(model: MoeModel, config: Mapping[str, Any]) -> int:

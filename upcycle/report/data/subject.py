@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from upcycle.architectures.moe_families import MOES
+from upcycle.architectures.moe_families import describes_moe
 from upcycle.architectures.stored_moe import MoeModel
 from upcycle.architectures.usual_keys import usual_keys
 from upcycle.errors import UpcycleError, UsageError
@@ -76,7 +76,7 @@ class Subject:
         Raises:
             CheckpointError: the folder is damaged.
         """
-        if not self.config or self.config.get("model_type") not in MOES:
+        if not self.config or not describes_moe(self.config):
             return None
         return MoeModel.read(self.config, self.specs, self.name)
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from any_moe import moe_settings, text_of
 from moe_oracle import layers_of, some_windows, stock
-from pico_models import MOE_COMMON, PICO_MOE
+from pico_models import MOE_PARTS, PICO_MOE
 
 import upcycle
 from upcycle.architectures.kept_layers import config_of_layers
@@ -30,6 +31,9 @@ RULES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"mlp_only_layers": [0, 3], "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 4},
     "qwen3_moe": {"decoder_sparse_step": 2},
     "qwen3_next": {"layer_types": ["linear_attention"] * 3 + ["full_attention"] + ["linear_attention"] * 3},
+    "qwen3_5_moe": {"layer_types": None, "full_attention_interval": 3},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 3 + ["mamba"]},
+    "gpt_oss": {"layer_types": ["sliding_attention", "full_attention"] * 3 + ["sliding_attention"]},
     "qwen3_5_moe_text": {"layer_types": None, "full_attention_interval": 3},
     "cohere2_moe": {"layer_types": None, "sliding_window_pattern": 3, "first_k_dense_replace": 2},
     "cohere2_moe-sigmoid": {"layer_types": (["sliding_attention"] * 2 + ["full_attention"]) * 2 + ["full_attention"]},
@@ -43,8 +47,11 @@ RULES: dict[str, dict[str, Any]] = {
 def described(name: str) -> MoeModel:
     """A model of seven layers, by its configuration alone."""
     model_type, changes = PICO_MOE[name]
-    raw = {**MOE_COMMON, **changes, "num_hidden_layers": LAYERS, **RULES.get(name, {}), "model_type": model_type}
-    raw = {key: value for key, value in raw.items() if value is not None or key not in RULES.get(name, {})}
+    own = {**changes, "num_hidden_layers": LAYERS, **RULES.get(name, {})}
+    own = {key: value for key, value in own.items() if value is not None or key not in RULES.get(name, {})}
+    raw = {**moe_settings(model_type, own), "model_type": model_type}
+    if model_type in MOE_PARTS:
+        raw["text_config"]["model_type"] = f"{model_type}_text"
     specs = {key: TensorSpec(shape, "float32") for key, shape in stock_shapes(raw).items()}
     model = MoeModel.read(raw, specs, name)
     assert len(model.names) == LAYERS + 1
@@ -56,10 +63,10 @@ def described(name: str) -> MoeModel:
 def test_the_configuration_means_the_layers_that_stay(name: str) -> None:
     """Asked of stock transformers: every per-layer setting, and every tensor."""
     model, draw = described(name), random.Random(0)
-    own: Any = build_config(model.raw, name)
+    own: Any = text_of(build_config(model.raw, name))
     for _ in range(3):
         kept = sorted({*draw.sample(range(LAYERS), 3), draw.choice(model.moe_layers)})
-        made: Any = build_config(config_of_layers(model, kept), name)
+        made: Any = text_of(build_config(config_of_layers(model, kept), name))
         assert made.num_hidden_layers == len(kept)
         for key in ("layer_types", "mlp_layer_types", "layer_rope_theta"):
             if getattr(own, key, None) is not None:
@@ -95,6 +102,14 @@ def test_layers_of_the_largest_cosines_go(keep: int, seed: int) -> None:
     assert dropped_layers(model, keep, cosines, "consecutive") == list(range(first, first + LAYERS - keep))
 
 
+def test_layers_that_the_encoder_feeds_stay() -> None:
+    """Features of images are added behind the first layers, by their numbers."""
+    model, cosines = described("qwen3_vl_moe"), torch.ones(LAYERS + 1, LAYERS + 1).double()
+    cosines[1:, 1:] -= 0.5  # the first layer changes least
+    assert 0 not in dropped_layers(model, 3, cosines, "discrete")
+    assert 0 in dropped_layers(described("mixtral"), 3, cosines, "discrete")
+
+
 def test_layers_without_which_there_is_no_model_stay() -> None:
     """Whatever the cosines: one with experts, and one with attention where convolutions have none."""
     for name, seed, pick in itertools.product(("glm4_moe", "lfm2_moe"), range(5), ("discrete", "consecutive")):
@@ -125,10 +140,11 @@ def test_the_result_is_the_stock_model_without_the_layers(name: str, pico_moe: M
     assert result.plan.summary == "1 layers from 2"
     whole, made, windows = stock(source), stock(out), some_windows(2, 24)
     layers = layers_of(whole)
-    whole.model.layers = torch.nn.ModuleList([layers[kept]])
-    whole.config.num_hidden_layers = 1
-    if getattr(whole.config, "layer_types", None):
-        whole.config.layer_types = [whole.config.layer_types[kept]]
+    getattr(whole.model, "language_model", whole.model).layers = torch.nn.ModuleList([layers[kept]])
+    config = text_of(whole.config)
+    config.num_hidden_layers = 1
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[kept]]
     with torch.no_grad():
         one, other = (model(windows, use_cache=False).logits for model in (whole, made))
     assert torch.dist(one, other) < 1e-10 * torch.linalg.norm(one)

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from any_moe import auto_class_of
 from moe_oracle import block_of, layers_of, some_windows, stock
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 import upcycle
 from upcycle.calibration.compressing import refit_cut, refit_dense
@@ -36,7 +36,9 @@ def cuts_of(folder: Path) -> dict[int, dict[str, Any]]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("name", "width"), [("qwen2_moe-softmax", 24), ("qwen3_moe", None), ("mellum", 40)])
+@pytest.mark.parametrize(
+    ("name", "width"), [("qwen2_moe-softmax", 24), ("qwen3_moe", None), ("mellum", 40), ("qwen3_vl_moe", None)]
+)
 def test_the_layer_that_changes_the_stream_least_gets_the_neurons_that_add_most(
     name: str, width: int | None, pico_moe: Models, tmp_path: Path
 ) -> None:
@@ -47,7 +49,7 @@ def test_the_layer_that_changes_the_stream_least_gets_the_neurons_that_add_most(
     similar = {layer: float(found.similarity) for layer, found in Observations.read(seen).layers.items()}
     ((dropped, cut),) = [(layer, found) for layer, found in cuts_of(out).items() if "parts" in found]
     assert dropped == max(similar, key=lambda layer: similar[layer])
-    model, loading = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float64, output_loading_info=True)
+    model, loading = auto_class_of(out).from_pretrained(out, dtype=torch.float64, output_loading_info=True)
     assert not any(loading.values()), loading
     model.set_experts_implementation("eager")
     assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False, eos_token_id=None).shape == (
@@ -56,7 +58,8 @@ def test_the_layer_that_changes_the_stream_least_gets_the_neurons_that_add_most(
     )
     before, after = layers_of(stock(source)), layers_of(model)
     ffn, block = after[dropped].mlp, block_of(before[dropped])
-    assert ffn.gate_proj.weight.shape == (width or 16, 32)
+    neurons = block.experts.down_proj.shape[-1]
+    assert ffn.gate_proj.weight.shape == (width or neurons, 32)
     first = 0
     for part in cut["parts"]:
         (term,) = part["terms"]
@@ -64,7 +67,7 @@ def test_the_layer_that_changes_the_stream_least_gets_the_neurons_that_add_most(
         if term["expert"] == "shared":
             gate, down = block.shared_expert.gate_proj.weight, block.shared_expert.down_proj.weight
         else:
-            gate = block.experts.gate_up_proj[term["expert"]][:16]
+            gate = block.experts.gate_up_proj[term["expert"]][:neurons]
             down = block.experts.down_proj[term["expert"]]
         own = slice(first, first := first + len(order))
         assert torch.equal(ffn.gate_proj.weight[own], gate[order])

@@ -54,6 +54,7 @@ def test_errors_and_weights_are_those_of_a_stock_block_without_the_experts(
                 top_k=checkpoint.model.top_k,
                 normalized=checkpoint.model.normalized,
                 sigmoid=checkpoint.model.sigmoid,
+                jitter=checkpoint.model.jitter,
             )
             assert source.sigmoid == is_sigmoid(model.config)
             assert error_of(source, kept) == pytest.approx(float(expected), rel=1e-4, abs=1e-9)

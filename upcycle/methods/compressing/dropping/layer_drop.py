@@ -9,7 +9,6 @@ from pydantic import Field
 
 from upcycle.architectures.expert_terms import DenseCut, DenseMatrix, LayerCut
 from upcycle.architectures.moe.dense_twin import width_beside
-from upcycle.architectures.stock import build_config
 from upcycle.architectures.stored_moe import MoeModel
 from upcycle.architectures.tensor_origin import Origin
 from upcycle.errors import RefusalError, UsageError
@@ -45,7 +44,8 @@ class LayerDrop(Compression):
     expert's, by default) takes the place of the experts, the routed and shared neurons that add most to the output, times their
     expert's mean weight. The refit then fits it, and the experts of the layers behind it, to the uncut model's stream.
 
-    Only architectures whose configuration lists the layers without experts can hold the result: Qwen2-MoE, Qwen3-MoE, Mellum.
+    Only architectures whose configuration lists the layers without experts can hold the result: Qwen2-MoE, Qwen3-MoE, Mellum,
+    Qwen3-VL-MoE.
 
     Deviations: the paper leaves nothing in the place of the experts, and takes the norm before them out, too; it does not refit.
     """
@@ -80,7 +80,7 @@ class LayerDrop(Compression):
             RefusalError: the architecture cannot have layers without experts where this would leave them.
             UsageError: it cannot have such FFNs.
         """
-        stock = build_config(model.raw, model.family.name)
+        stock = model.stock
         if model.family.name in _OTHERWISE or not any(hasattr(stock, key) for key in LISTED):
             first = ", but the first ones," if len(model.moe_layers) < model.layers else ""
             why = (
@@ -123,13 +123,12 @@ class LayerDrop(Compression):
         if not widths:
             return config
         plain = sorted({*range(model.layers)} - {*model.moe_layers} | {*widths})
-        stock = build_config(model.raw, model.family.name)
-        config[_WIDTH] = max(widths.values())
-        if hasattr(stock, "mlp_only_layers"):
-            config |= {"mlp_only_layers": plain, "decoder_sparse_step": 1}
+        changed: dict[str, Any] = {_WIDTH: max(widths.values())}
+        if hasattr(model.stock, "mlp_only_layers"):
+            changed |= {"mlp_only_layers": plain, "decoder_sparse_step": 1}
         else:
-            config["mlp_layer_types"] = ["dense" if layer in plain else "sparse" for layer in range(model.layers)]
-        return config
+            changed["mlp_layer_types"] = ["dense" if layer in plain else "sparse" for layer in range(model.layers)]
+        return model.family.with_text(config, changed)
 
     def pieces(self, model: MoeModel, cuts: Mapping[int, Cut]) -> list[Piece]:
         """Return every tensor of the result."""
@@ -171,5 +170,6 @@ def _dense_tensors(model: MoeModel, layer: int, cut: DenseCut) -> dict[str, Orig
     tensors: dict[str, Origin] = {name: Origin(name) for name in model.names[layer] if not name.startswith(block)}
     for part in ("gate", "up", "down"):
         stored = stored_expert(model, layer, part)
-        tensors[f"{block}{part}_proj.weight"] = DenseMatrix(stored, layer=layer, part=part, cut=cut)
+        source = model.form(stored)
+        tensors[f"{block}{part}_proj.weight"] = DenseMatrix(stored, layer=layer, part=part, cut=cut, source=source)
     return tensors

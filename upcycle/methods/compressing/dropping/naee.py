@@ -11,6 +11,7 @@ from pydantic import Field
 from upcycle.architectures.expert_terms import LayerCut
 from upcycle.methods.compressing.base import Compression
 from upcycle.methods.compressing.layer_source import LayerSource
+from upcycle.methods.compressing.sparse_mixer import sparse_mixer
 from upcycle.plugins import PluginParameters
 
 if TYPE_CHECKING:
@@ -98,6 +99,11 @@ def kept_weights(source: LayerSource, kept: list[int]) -> torch.Tensor:
 
     seen = source.seen
     inside = seen.sample_logits.double()[:, kept]
+    if source.jitter is not None:
+        chosen, weights = sparse_mixer(inside, source.jitter)
+        found = torch.zeros(len(inside), seen.experts, dtype=torch.float64)
+        found[:, kept] = torch.zeros_like(inside).scatter_(1, chosen, weights)
+        return found
     scores = inside.sigmoid() if source.sigmoid else inside.softmax(-1)  # the rows that are gone leave the softmax
     chosen = (scores + seen.bias[kept]).topk(min(source.top_k, len(kept)), dim=-1).indices
     weights = scores.gather(1, chosen)
@@ -119,9 +125,8 @@ def removal_errors(source: LayerSource, kept: list[int]) -> torch.Tensor:
     import torch
 
     seen, top_k, count = source.seen, min(source.top_k, len(kept) - 1), len(kept)
-    if not source.sigmoid and bool(
-        seen.bias.any()
-    ):  # scores that all grow may be chosen in another order beside a bias
+    # Scores that all grow may be chosen in another order beside a bias, and SparseMixer weighs by those that are near.
+    if source.jitter is not None or (not source.sigmoid and bool(seen.bias.any())):
         sets = [[*kept[:i], *kept[i + 1 :]] for i in range(count)]
         return torch.tensor([error_of(source, one) for one in sets], dtype=torch.float64)
     inside = seen.sample_logits.double()[:, kept]

@@ -14,6 +14,7 @@ class RandomExperts(Compression):
     title = "Random experts"
     paper = None
     looks = False
+    grouped = True
 
     def cut(self, source: LayerSource, keep: int) -> LayerCut:
         """See the class."""

@@ -40,6 +40,7 @@ class Scored(Compression):
     """
 
     Parameters = ScoredParameters
+    grouped = True
     parameters: ScoredParameters
 
     @abstractmethod

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from upcycle.architectures.expert_terms import LayerCut, Term
 from upcycle.architectures.stored_moe import MoeModel
-from upcycle.errors import UsageError
+from upcycle.errors import RefusalError, UsageError
 from upcycle.methods.base import PREFERRED_MULTIPLE
 from upcycle.methods.compressing.base import Compression, CutSizes
 from upcycle.methods.compressing.described_cuts import Cut
@@ -84,6 +84,18 @@ class Resplit(Compression):
             )
         if recipe.keep == 1 and self.parameters.pieces is None:
             return 0
+        if model.family.clamped:
+            raise RefusalError(
+                f"{self.name} cannot split the experts of a '{model.family.name}' model: every expert adds a bias to its output, and "
+                "finer ones would add it once each",
+                hint="--method slim makes its experts narrower",
+            )
+        if model.family.sparse_mixer:
+            raise RefusalError(
+                f"{self.name} gives finer experts nearly equal logits, and SparseMixer, by which a '{model.family.name}' routes, "
+                "divides weights among those that are near",
+                hint="--method slim makes its experts narrower",
+            )
         width, pieces = model.expert_width, self._pieces(model.expert_width)
         if width % (pieces * PREFERRED_MULTIPLE):
             fitting = [n for n in range(2, 65) if width % (n * PREFERRED_MULTIPLE) == 0]

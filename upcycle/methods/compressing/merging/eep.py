@@ -10,7 +10,6 @@ import torch
 from pydantic import Field
 
 from upcycle.architectures.expert_terms import LayerCut, Term
-from upcycle.ffn.neurons import activation_function
 from upcycle.ffn.random_weights import stream
 from upcycle.methods.compressing.base import Compression
 from upcycle.methods.compressing.described_cuts import Cut
@@ -192,8 +191,7 @@ class Layer:
         return self._known[place, row]
 
     def _output(self, matrices: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
-        x, act = self.source.seen.sample_inputs[tokens], activation_function(self.source.activation)
-        return ((act(x @ matrices["gate"].T) * (x @ matrices["up"].T)) @ matrices["down"].T).double()
+        return self.source.output(matrices, self.source.seen.sample_inputs[tokens]).double()
 
     @cached_property
     def _matrices(self) -> Matrices:

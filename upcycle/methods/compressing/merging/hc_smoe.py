@@ -22,6 +22,7 @@ class HcSmoe(Compression):
     name = "hc_smoe"
     title = "Hierarchical clustering of experts"
     paper = "https://arxiv.org/abs/2410.08589"
+    grouped = True
 
     def cut(self, source: LayerSource, keep: int) -> LayerCut:
         """See the class."""

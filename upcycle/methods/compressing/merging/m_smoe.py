@@ -24,6 +24,7 @@ class MSmoe(Compression):
     name = "m_smoe"
     title = "Merging by router logits (M-SMoE)"
     paper = "https://arxiv.org/abs/2310.01334"
+    grouped = True
 
     def cut(self, source: LayerSource, keep: int) -> LayerCut:
         """See the class."""

@@ -8,7 +8,6 @@ from pydantic import Field
 from upcycle.architectures.expert_terms import LayerCut
 from upcycle.architectures.stored_moe import MoeModel
 from upcycle.errors import UsageError
-from upcycle.ffn.neurons import activation_function
 from upcycle.methods.compressing.base import Compression
 from upcycle.methods.compressing.dropping.reap import reap_scores
 from upcycle.methods.compressing.layer_source import LayerSource
@@ -46,6 +45,7 @@ class Ream(Compression):
     name = "ream"
     title = "Router-weighted merging (REAM)"
     paper = "https://arxiv.org/abs/2604.04356"
+    grouped = True
     Parameters = ReamParameters
     parameters: ReamParameters
 
@@ -102,11 +102,11 @@ def _matched(source: LayerSource, first: int, others: list[int]) -> dict[int, tu
 
     if not others:
         return {}
-    act, x = activation_function(source.activation), source.seen.sample_inputs
+    x = source.seen.sample_inputs
 
     def described(expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         own = source.matrices(expert)
-        active = act(x @ own["gate"].T) * (x @ own["up"].T)
+        active = source.hidden(own, x)
         weights = torch.cat([own["gate"], own["up"], own["down"].T], 1)
         return _rows_of_length_one(active.T), _rows_of_length_one(weights)
 
