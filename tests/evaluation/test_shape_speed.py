@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from upcycle.evaluation import shape_speed
 from upcycle.evaluation.shape_speed import OWN, STOCK, ShapeKey, Times, first_layers, measure_shapes, relative_times
+from upcycle.models.random_model import random_model
 
 Pico = Callable[[str], Path]
 
@@ -58,14 +60,20 @@ def test_the_time_of_all_layers_follows_from_two_depths(monkeypatch: pytest.Monk
         assert found["split", OWN].prefill == pytest.approx((90 - 15 * 3.5) / 90)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_dense_and_moe_shapes_are_timed_in_both_implementations(pico: Pico, kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "dtype"), [("llama", torch.float32), ("qwen3", torch.bfloat16)])
+def test_dense_and_moe_shapes_are_timed_in_both_implementations(
+    pico: Pico, kind: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import upcycle
+
+    made: list[Any] = []
+    monkeypatch.setattr(shape_speed, "random_model", lambda *told: made.append(random_model(*told)) or made[-1])
 
     folder = pico(kind)
     upcycle.convert(str(folder), tmp_path / "moe", experts=4, top_k=2, verification={"enabled": False})
     configs = {"dense": config_of(folder), "moe": config_of(tmp_path / "moe")}
-    found = measure_shapes(configs, prompt=16, batch=2, rounds=1)
+    found = measure_shapes(configs, prompt=16, batch=2, rounds=1, dtype=dtype)
+    assert [model.dtype for model in made] == [dtype] * 2
     assert set(found) == {(name, how) for name in configs for how in (STOCK, OWN)}
     assert found["dense", STOCK] == found["dense", OWN], "it has no experts to compute"
     assert all(times.prefill > 0 and times.decode > 0 for times in found.values())

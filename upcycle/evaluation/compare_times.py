@@ -73,7 +73,12 @@ def kept_neurons(candidate: Candidate) -> int:
 
 
 def time_candidates(
-    checkpoint: DenseCheckpoint, candidates: Sequence[Candidate], batch: int, progress: Progress, rounds: int = ROUNDS
+    checkpoint: DenseCheckpoint,
+    candidates: Sequence[Candidate],
+    batch: int,
+    progress: Progress,
+    rounds: int = ROUNDS,
+    dtype: torch.dtype = torch.float32,
 ) -> Timing:
     """Time every shape among the candidates once; the arguments are those of :func:`relative_times`.
 
@@ -92,7 +97,7 @@ def time_candidates(
             shapes[shape_name(candidate)] = job.target.full_config(job.dense, everywhere, "float32"), count
     stored = checkpoint.family.stored_specs(dense, 0).values()
     layer_bytes = 4 * sum(math.prod(shape) for shape in stored)
-    return Timing(*time_beside(raw, shapes, layer_bytes, dense.num_hidden_layers, batch, progress, rounds))
+    return Timing(*time_beside(raw, shapes, layer_bytes, dense.num_hidden_layers, batch, progress, rounds, dtype))
 
 
 def time_beside(
@@ -103,6 +108,7 @@ def time_beside(
     batch: int,
     progress: Progress,
     rounds: int = ROUNDS,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Times, dict[ShapeKey, Times], dict[str, Any]]:
     """Return the parent's times, those of shapes relative to it, and how they were measured, as plain data.
 
@@ -114,15 +120,18 @@ def time_beside(
         batch: sequences at a time.
         progress: receives the progress.
         rounds: how often each model is timed.
+        dtype: that of weights and states.
     """
     small = layer_bytes * layers <= _SMALL_BYTES
     with torch_threads(1 if small else torch.get_num_threads()):
-        parent, relative = relative_times(raw, shapes, layer_bytes, batch=batch, rounds=rounds, progress=progress)
+        parent, relative = relative_times(
+            raw, shapes, layer_bytes, batch=batch, rounds=rounds, dtype=dtype, progress=progress
+        )
         about = {
             "device": "cpu",
             "instructions": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
-            "dtype": "float32",
+            "dtype": str(dtype).removeprefix("torch."),
             "batch": batch,
             "clock": clock().__name__,
             "prompt_tokens": prompt_length({"": raw}),

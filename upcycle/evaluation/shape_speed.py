@@ -56,15 +56,17 @@ def measure_shapes(
     prompt: int = PROMPT,
     batch: int = 1,
     rounds: int = ROUNDS,
+    dtype: torch.dtype = torch.float32,
     progress: Progress = SILENT,
 ) -> dict[ShapeKey, Times]:
-    """Time models of some configurations in fp32 on the CPU, and return the medians.
+    """Time models of some configurations on the CPU, and return the medians.
 
     Args:
         configs: complete ``config.json`` contents, by name.
         prompt: tokens of each prompt, fewer where a context is shorter.
         batch: sequences at a time.
         rounds: how many prompts each model is timed with, after one that is not.
+        dtype: that of weights and states.
         progress: receives the progress.
 
     Raises:
@@ -75,7 +77,7 @@ def measure_shapes(
     pool = WeightPool()
     with progress.phase("loading shapes", len(configs)), torch.no_grad():
         for name, config in configs.items():
-            model = random_model(config, torch.float32, pool, _check_room)
+            model = random_model(config, dtype, pool, _check_room)
             timed += [_Timed(name, model, how) for how in ((STOCK, OWN) if has_experts(model) else (STOCK,))]
             progress.advance()
     with progress.phase("timing shapes", rounds + 1), torch.no_grad():
@@ -155,6 +157,7 @@ def relative_times(
     *,
     batch: int = 1,
     rounds: int = ROUNDS,
+    dtype: torch.dtype = torch.float32,
     progress: Progress = SILENT,
 ) -> tuple[Times, dict[ShapeKey, Times]]:
     """Return the dense parent's times in seconds, and those of the shapes relative to it.
@@ -168,6 +171,7 @@ def relative_times(
         layer_bytes: of one dense layer in fp32.
         batch: sequences at a time.
         rounds: how often each model is timed.
+        dtype: that of weights and states.
         progress: receives the progress.
     """
     layers = usual_keys(dense)["num_hidden_layers"]
@@ -178,7 +182,7 @@ def relative_times(
         for name, config in {"": dense, **{name: config for name, (config, _) in shapes.items()}}.items()
         for depth in depths
     }
-    found = measure_shapes(configs, batch=batch, rounds=rounds, progress=progress)
+    found = measure_shapes(configs, batch=batch, rounds=rounds, dtype=dtype, progress=progress)
 
     def seconds(part: str, name: str, how: str) -> float:
         """Return the seconds of a model of which every layer has the shape."""

@@ -1,7 +1,7 @@
 """How long the shipped split recipes take, beside the dense parent and beside a statically pruned model of as many neurons.
 
-SmolLM2-135M's shapes with random weights, fp32, one thread by default: reading 256 tokens, and writing one, relative to the dense
-model, in turns, with transformers' kernels and with upcycle's. Less is faster.
+SmolLM2-135M's shapes with random weights, in fp32 and on one thread unless told otherwise: reading 256 tokens, and writing one,
+relative to the dense model, in turns, with transformers' kernels and with upcycle's. Less is faster.
 """
 
 from __future__ import annotations
@@ -75,13 +75,16 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=1, help="sequences at a time (default: 1)")
     parser.add_argument("--rounds", type=int, default=15, help="prompts that each model is timed with (default: 15)")
     parser.add_argument("--threads", type=int, default=1, help="threads (default: 1)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and states")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     smollm2 = [sys.executable, "-P", Path(__file__).resolve().parents[2] / "support" / "smollm2.py"]
     model = subprocess.run(smollm2, capture_output=True, text=True, check=True).stdout.split("\n")[-2]
     checkpoint = DenseCheckpoint.open(model, None)
     candidates = candidates_of(checkpoint, arguments.active, arguments.layers)
-    timing = time_candidates(checkpoint, candidates, arguments.batch, SILENT, arguments.rounds)
+    timing = time_candidates(
+        checkpoint, candidates, arguments.batch, SILENT, arguments.rounds, getattr(torch, arguments.dtype)
+    )
     about = timing.about
     rows = []
     for candidate in candidates:
@@ -103,7 +106,7 @@ def main() -> int:
             rows.append(Row(name, f"{found['prefill']:.2f}x", f"{found['decode']:.2f}x", "", target, passed))
     title = (
         f"SmolLM2-135M's shapes, relative to dense ({about['prefill_seconds']:.2f} s and {about['decode_seconds']:.3f} s), "
-        f"{about['threads']} threads, {about['instructions']}, batch {about['batch']}"
+        f"{about['threads']} threads, {about['instructions']}, {about['dtype']}, batch {about['batch']}"
     )
     status = report(title, ("prefill", "decode"), rows)
     print_predictions(candidates, timing)
