@@ -22,7 +22,7 @@ from upcycle.files.formats.tensor_files import SafetensorsFolder
 from upcycle.models.own.moe_block import MoeBlock
 from upcycle.planning.job import method_of
 from upcycle.recipe.conversion_recipe import parse_recipe
-from upcycle.verification import verify_experts
+from upcycle.verification import media, verify_experts
 from upcycle.verification.media import MediaCheck
 
 pytestmark = pytest.mark.one_in(20)  # the other cases are long
@@ -223,7 +223,7 @@ def test_experts_that_read_no_text_must_be_compared(
     tower: Tower, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nothing = MediaCheck(None, "images were not compared: no image")
-    monkeypatch.setattr(verify_experts, "compare_media", lambda *_: nothing)
+    monkeypatch.setattr(media, "compare_media", lambda *_: nothing)
     source = str(tower("llava", "llama"))
     with pytest.raises(VerificationError, match="1 layers of experts read no text, and images were not compared"):
         upcycle.convert(source, tmp_path / "out", part="connector", **CHECKED)

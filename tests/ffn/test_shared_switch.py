@@ -11,7 +11,7 @@ from torch.nn.functional import silu
 from transformers import AutoModelForCausalLM
 
 import upcycle
-from upcycle.ffn.shared_switch import EVEN_CHANNELS, ODD_CHANNELS, half_switch, switch_dtype
+from upcycle.ffn.shared_switch import LEAST_SIZE, half_switch, switch_dtype
 from upcycle.files.formats.tensor_files import SafetensorsFolder
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -50,21 +50,22 @@ def test_dividing_by_its_logit_gives_one_half_too(dtype: torch.dtype) -> None:
 
 
 def test_channels_that_cancel_do_not_leave_zero() -> None:
-    """Small whole numbers often sum to exactly 0 in either half of the channels, and rarely in both; a constant row often gives 0."""
+    """Small whole numbers often sum to exactly 0 where all channels count the same, and rarely here, in whatever order a CPU adds."""
     torch.manual_seed(0)
     x = torch.randint(-64, 65, (100_000, 64)).float()
-    constant, made = (
-        (x @ row.T == 0).sum().item() for row in (torch.full((1, 64), 2.0**-60), half_switch(64, x.dtype))
-    )
-    assert constant > 50
-    assert made < 10
+    rows = (torch.full((1, 64), LEAST_SIZE), half_switch(64, x.dtype))
+    for order in (torch.arange(64), torch.randperm(64), torch.arange(64).view(8, 8).T.flatten()):
+        constant, made = ((x[:, order] @ row[:, order].T == 0).sum().item() for row in rows)
+        assert constant > 50
+        assert made < 10
 
 
-def test_its_two_sizes_lie_farther_apart_than_the_bits_of_fp32_and_are_held_by_bfloat16() -> None:
-    assert torch.finfo(torch.float32).eps > ODD_CHANNELS / EVEN_CHANNELS
+def test_it_has_128_sizes_which_bfloat16_holds() -> None:
     for dtype in DTYPES:
-        row = half_switch(5, dtype)
-        assert row.tolist() == [[EVEN_CHANNELS, ODD_CHANNELS, EVEN_CHANNELS, ODD_CHANNELS, EVEN_CHANNELS]]
+        row = half_switch(300, dtype)
+        assert row.shape == (1, 300)
+        assert row.unique().tolist() == [LEAST_SIZE * (1 + step / 128) for step in range(128)]
+        assert torch.equal(row, row.bfloat16().to(row.dtype))
         assert str(row.dtype) == f"torch.{switch_dtype(str(dtype).removeprefix('torch.'))}"
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-MOST = 32.0  # as many times the median square a token counts, at most; in models without massive activations none reaches it
+MOST_MEDIANS = 32.0  # as many times the median square a token counts, at most; in models without massive activations none reaches it
 
 
 def token_weights(squares: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -21,7 +21,7 @@ def token_weights(squares: torch.Tensor, mask: torch.Tensor | None = None) -> to
         mask: bool ``[..., T]``, the tokens that count; those that do not get 0, and do not change the median. ``None``: all count.
     """
     counted = squares if mask is None else squares.masked_fill(~mask, torch.nan)
-    most = MOST * counted.nanmedian(-1, keepdim=True).values
+    most = MOST_MEDIANS * counted.nanmedian(-1, keepdim=True).values
     massive = (squares > most) & (most > 0)
     weights = torch.where(massive, most / squares, torch.ones_like(squares))
     return weights if mask is None else torch.where(mask, weights, torch.zeros_like(weights))

@@ -22,6 +22,7 @@ TITLES = {
     "2402.09353": "DoRA: Weight-Decomposed Low-Rank Adaptation",
     "1910.14659": "Masked Language Model Scoring",
     "2201.10890": "One Student Knows All Experts Know: From Sparse to Dense",
+    "2402.17762": "Massive Activations in Large Language Models",
     "2406.02500": "Demystifying the Compression of Mixture-of-Experts Through a Unified Framework",
     "2408.09632": "MoDeGPT: Modular Decomposition for Large Language Model Compression",
     "1503.02531": "Distilling the Knowledge in a Neural Network",

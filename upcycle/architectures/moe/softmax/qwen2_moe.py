@@ -24,7 +24,7 @@ _IDLE_SHARED_SIZE = 64
 class Qwen2Moe(Target):
     """Routes by a softmax and top-k, normalised by a flag that is off by default, and adds ``sigmoid(w x) * shared(x)``.
 
-    The switch ``w`` of the shared expert is written so small (2^-60 and 2^-90 in turn) that its sigmoid is 1/2 for every token,
+    The switch ``w`` of the shared expert is written so small (between 2^-60 and 2^-59) that its sigmoid is 1/2 for every token,
     to the last bit, and the shared expert's down projection is doubled to make up for it. It is not zero, since llama.cpp divides
     by ``w x``; float16 cannot hold it, so that it is stored in float32 beside experts in float16.
     """
