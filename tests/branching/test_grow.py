@@ -214,7 +214,7 @@ def test_a_kill_at_any_point_changes_nothing(pico: Pico, tmp_path: Path, monkeyp
     assert [each.losses for each in result.steps] == [each.losses for each in whole.steps]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_branch_by_posteriors_is_the_mean_of_the_forest_that_its_text_decides(pico: Pico, tmp_path: Path) -> None:
     """``p(D=j | x_<t)`` in plain fp64, from the probabilities that stock transformers gives every next token."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -254,7 +254,7 @@ def test_a_branch_by_posteriors_is_the_mean_of_the_forest_that_its_text_decides(
             torch.testing.assert_close(begun, mean, rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_more_rounds_are_added_and_all_begin_again_with_restart(pico: Pico, tmp_path: Path) -> None:
     content = recipe(pico("llama"), tmp_path)
     first = grow(content)
