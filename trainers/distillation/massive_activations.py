@@ -1,16 +1,16 @@
 """How much a token's squared error counts beside those of others, where some tokens' activations are massive.
 
-In most language models, the first token of a text and a few others carry activations that are hundreds of times as long as those of
-ordinary ones (Sun, Chen, Kolter and Liu 2024, "Massive Activations in Large Language Models", arXiv 2402.17762): in SmolLM2-135M,
-one token of a row has 99% of all squares from the twelfth layer on. Sums of squared errors then tell of that token alone, and what
-is trained by them serves no other. Its errors matter as little as its length suggests: the next norm divides by it.
+In most language models, the first token of a text and a few others carry activations far larger than those of ordinary ones (Sun,
+Chen, Kolter and Liu 2024, "Massive Activations in Large Language Models", arXiv 2402.17762). Sums of squared errors then tell of
+these tokens alone, and what is trained by them serves no other. Their errors matter as little as their length suggests: the next
+norm divides by it.
 """
 
 from __future__ import annotations
 
 import torch
 
-MOST_MEDIANS = 32.0  # as many times the median square a token counts, at most; in models without massive activations none reaches it
+MOST_MEDIANS = 32.0  # as many times the median square a token counts, at most; ordinary ones hardly reach it
 
 
 def token_weights(squares: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:

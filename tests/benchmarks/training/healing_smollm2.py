@@ -4,7 +4,7 @@ the dense model's is closed after how many tokens, and perplexity on held-out do
 Every number of ``--tokens`` is a run of its own, with a schedule of that length. About 93 MB are downloaded once.
 
 The model computes in bfloat16 where the CPU multiplies it natively (the optimizer keeps fp32 weights), and in fp32 elsewhere,
-which takes three times as long; ``--dtype`` overrules. The page says which it was.
+which takes longer; ``--dtype`` overrules. The page says which it was.
 
     python -P tests/benchmarks/training/healing_smollm2.py --tokens 200000 1600000 --out docs/measured/healing_smollm2.md
 """

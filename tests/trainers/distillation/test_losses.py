@@ -93,7 +93,7 @@ def test_relative_error() -> None:
 
 
 def test_a_massive_position_counts_as_32_ordinary_ones() -> None:
-    """In most language models, the first token's squares are 99% of all: a sum of all squared errors would tell of it alone."""
+    """The first token's squares are often nearly all there is: a sum of all squared errors would tell of it alone."""
     torch.manual_seed(0)
     s, p = (torch.randn(2, 9, 4, dtype=torch.float64) for _ in range(2))
     s[:, 0] *= 300
