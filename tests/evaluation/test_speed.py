@@ -38,8 +38,9 @@ def test_medians_of_rounds_in_turns(pico: Pico, monkeypatch: pytest.MonkeyPatch)
             self.name = "a" if name == str(pico("llama")) else "b"
             self.process = self
 
-        def start(self, prompt: list[int], generate: int) -> dict[str, Any]:
+        def start(self, prompt: list[int], generate: int, dtype: str) -> dict[str, Any]:
             assert len(prompt) == 16
+            assert dtype == "float32"
             experts = "grouped_mm" if self.name == "a" else None
             return {"device": "cpu", "instructions": "AVX2", "dtype": "float32", "threads": 1, "experts": experts}
 

@@ -195,3 +195,7 @@ class PackedBatch:
     def predicting(self, logits: torch.Tensor) -> torch.Tensor:
         """Of logits ``[B, L, V]``, those ``[B, L - 1, V]`` that predict the tokens at positions 1 and on."""
         return logits[:, :-1] if self.given is None else logits[:, 1:]
+
+    def at_predicting(self, mask: torch.Tensor) -> torch.Tensor:
+        """A mask ``[B, L - 1]`` of tokens at positions 1 and on, as one ``[B, L]`` of the logits that predict them."""
+        return torch.nn.functional.pad(mask, (0, 1) if self.given is None else (1, 0), value=False)

@@ -15,6 +15,7 @@ from upcycle.architectures.module_paths import module_paths_of
 from upcycle.errors import UsageError
 from upcycle.trainers.distillation.massive_activations import token_weights
 from upcycle.trainers.distillation.truncated_logits import TopLogits
+from upcycle.trainers.losses.vocabulary import divergences
 from upcycle.trainers.recipe.part_recipes import DistillationParameters
 from upcycle.trainers.routing.recorder import Recorder
 from upcycle.trainers.routing.routing_rule import widened
@@ -70,10 +71,7 @@ def logits_kl(
             f"the parent predicts {parent.shape[-1]} tokens and the student {student.shape[-1]}",
             hint="distil from the model that was converted: both must share a vocabulary",
         )
-    wanted = (widened(parent.detach()) / temperature).log_softmax(-1)
-    given = (widened(student[..., : parent.shape[-1]]) / temperature).log_softmax(-1)
-    divergence = (wanted.exp() * (wanted - given)).sum(-1)
-    return temperature**2 * mean_over(divergence, mask)
+    return temperature**2 * mean_over(divergences(student, parent.detach(), temperature), mask)
 
 
 def relative_error(student: torch.Tensor, parent: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:

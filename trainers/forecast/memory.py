@@ -165,15 +165,13 @@ def activation_bytes(division: Division) -> float:
     """Activations of all layers (:func:`layer_bytes`) and of the head.
 
     With activation checkpointing, only every layer's input ``b T D`` and one layer's activations are counted. The head keeps
-    logits, their fp32 copy in bfloat16 training, log-probabilities, and the gradients of these: ``(2 b + 8) T V``, or
-    ``(b + 8) T V`` in fp32.
+    logits and their gradient, ``2 b T V``: losses over the vocabulary are made a few positions at a time.
     """
     tokens, item = division.tokens, division.item
     each = [layer_bytes(division, layer) for layer in division.counts.layers]
     inputs = item * tokens * division.counts.hidden * len(each)
     layers = inputs + max(each) if division.recipe.activation_checkpointing else sum(each)
-    copies = 2 * item + 2 * _FULL if item < _FULL else item + 2 * _FULL
-    return layers + copies * tokens * division.counts.vocabulary
+    return layers + 2 * item * tokens * division.counts.vocabulary
 
 
 def layer_bytes(division: Division, layer: LayerCounts) -> float:
@@ -218,5 +216,11 @@ def expert_bytes(division: Division, layer: LayerCounts) -> float:
 
 
 def _parent_logits(division: Division) -> float:
-    """The parent's logits, and in fp32 both models' log-probabilities and what the KL makes of them: ``(b + 16) T V``."""
-    return (division.parent_item + 4 * _FULL) * division.tokens * division.counts.vocabulary
+    """What learning the parent's next tokens adds: its logits, and a gradient of its own before the two are added, ``2 b T V``.
+
+    From a cache of the most probable tokens it is the student's logits and three things made of them in fp32, ``16 T V``.
+    """
+    distillation = (division.stage or division.recipe.stages[0]).distillation
+    cached = distillation is not None and distillation.cache is not None
+    each = 4 * _FULL if cached else division.parent_item + division.item
+    return each * division.tokens * division.counts.vocabulary

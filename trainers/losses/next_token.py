@@ -6,12 +6,10 @@ B rows, L positions, V vocabulary.
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import pad
 
 from upcycle.trainers.data.packing import PackedBatch
-from upcycle.trainers.routing.routing_rule import widened
-
-_NO_TARGET = -100
+from upcycle.trainers.losses.vocabulary import NO_TARGET, token_nats
 
 
 def next_token_losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -21,10 +19,8 @@ def next_token_losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         logits: ``[B, L, V]``, any floating dtype.
         ids: int64 ``[B, L]``.
     """
-    # The last position has no target. It is masked rather than cut off: a slice would copy all logits and their gradient.
-    targets = pad(ids[:, 1:], (0, 1), value=_NO_TARGET)
-    nats = cross_entropy(widened(logits).flatten(0, 1), targets.flatten(), reduction="none", ignore_index=_NO_TARGET)
-    return nats.view(ids.shape)[:, :-1]
+    # The last position has no target. It is masked rather than cut off: a slice would copy the gradient of all logits.
+    return token_nats(logits, pad(ids[:, 1:], (0, 1), value=NO_TARGET))[:, :-1]
 
 
 def token_losses(logits: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
@@ -36,6 +32,4 @@ def token_losses(logits: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
     """
     if batch.given is None:
         return next_token_losses(logits, batch.ids) * batch.mask[:, 1:]
-    targets = batch.ids.masked_fill(~batch.mask, _NO_TARGET)
-    nats = cross_entropy(widened(logits).flatten(0, 1), targets.flatten(), reduction="none", ignore_index=_NO_TARGET)
-    return nats.view(batch.ids.shape)[:, 1:]
+    return token_nats(logits, batch.ids.masked_fill(~batch.mask, NO_TARGET))[:, 1:]

@@ -265,9 +265,10 @@ class Stepper:
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor, list[RouterRecord]]:
         """The loss to differentiate, its other parts by name, next-token losses ``[B, L - 1]``, and the routers' records."""
         logits = packed_forward(engine, batch).logits
-        nats = token_losses(logits, batch)
         distillation = self.parent.recipe if self.parent else None
-        loss = self._reached(nats.sum() * weight * (distillation.next_token if distillation else 1.0))
+        share = distillation.next_token if distillation else 1.0
+        nats = token_losses(logits if share else logits.detach(), batch)  # of weight 0, they are only told
+        loss = self._reached(nats.sum() * weight * share)
         parts: dict[str, torch.Tensor] = {}
         records = self._routers()
         if self.losses:
@@ -288,10 +289,13 @@ class Stepper:
     ) -> dict[str, torch.Tensor]:
         """The stage's distillation losses by name, weighted; all read the same forward pass of the parent."""
         whole, mask = parent.targets(batch), batch.mask[:, 1:]
-        wanted = batch.predicting(whole) if isinstance(whole, torch.Tensor) else whole
         found: dict[str, torch.Tensor] = {}
         if parent.recipe.logits:
-            mean = logits_kl(batch.predicting(logits), wanted, mask, parent.recipe.temperature)
+            if isinstance(whole, torch.Tensor):  # masked and not cut: a slice would copy the gradient of all logits
+                every = batch.at_predicting(mask)
+                mean = logits_kl(logits, whole, every, parent.recipe.temperature)
+            else:
+                mean = logits_kl(batch.predicting(logits), whole, mask, parent.recipe.temperature)
             found["kl"] = parent.recipe.logits * mean * mask.sum() * weight
         if parent.recipe.preference and pairs_in(batch):
             assert isinstance(whole, torch.Tensor)

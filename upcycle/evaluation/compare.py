@@ -22,6 +22,7 @@ from upcycle.evaluation.candidate_walk import Candidate, Texts, Walk, ratio
 from upcycle.evaluation.candidates import CandidateOptions, method_names, named_parts, router_names
 from upcycle.evaluation.compare_times import time_candidates
 from upcycle.evaluation.comparison import Comparison, recommend, rows_of
+from upcycle.evaluation.timed_dtype import AUTO, timed_dtype
 from upcycle.files.names import WRITTEN
 from upcycle.files.output.scratch import scratch
 from upcycle.hardware.memory import available_memory
@@ -52,6 +53,7 @@ def compare(
     within: float | None = None,
     batch: int = 1,
     timed: bool = True,
+    dtype: str = AUTO,
     seed: int = 0,
     progress: Progress = IN_NOTEBOOKS,
 ) -> Comparison:
@@ -76,6 +78,7 @@ def compare(
         within: recommend the fastest among those whose perplexity is at most so many times the dense model's.
         batch: sequences at a time, where speed is measured.
         timed: measure speed: models of the candidates' shapes with random weights, beside the dense one.
+        dtype: in which speed is measured; ``auto``: the stored one where this CPU multiplies it natively, else fp32.
         seed: seed of every random choice.
         progress: receives the progress.
 
@@ -89,6 +92,7 @@ def compare(
     check_goal(faster, within, timed)
     checkpoint = DenseCheckpoint.open(source, None)
     check_calibrates(checkpoint.family, "compare")
+    computed = timed_dtype(dtype, checkpoint.raw_config)
     if not checkpoint.has_tokenizer:
         raise UsageError(
             f"{source} has no tokenizer, and a comparison reads text", hint="put its files beside the weights"
@@ -133,7 +137,7 @@ def compare(
             if "cmoe" in splitting and "representative" in routing:
                 last.append(candidate(fraction, "cmoe", "representative", "none"))
         run(last)
-    timing = time_candidates(checkpoint, done, batch, progress) if timed else None
+    timing = time_candidates(checkpoint, done, batch, progress, dtype=computed) if timed else None
     results = recommend(rows_of(options, done, dense, texts, timing), faster, within)
     perplexity = dict(zip(texts.evaluation, map(math.exp, dense), strict=True))
     measured = sum(windows.numel() for windows in texts.evaluation.values())

@@ -17,6 +17,7 @@ from upcycle.evaluation.encoders.two_inputs import RetrievalResult, measure_two_
 from upcycle.evaluation.routing_habits import RoutingHabits, routing_habits
 from upcycle.evaluation.speed import Speed, measure_speed
 from upcycle.evaluation.task_scores import TaskScores, score_tasks
+from upcycle.evaluation.timed_dtype import AUTO
 from upcycle.evaluation.window_losses import WindowRunner
 from upcycle.files import records
 from upcycle.files.locate import locate
@@ -90,6 +91,7 @@ def evaluate(
     limit: int | None = None,
     batch: int = 8,
     speed: bool = False,
+    dtype: str | None = None,
     images: str | Path | None = None,
     column: str = "text",
     target: str | None = None,
@@ -126,13 +128,14 @@ def evaluate(
         column: of a model of two texts, the column of ``text`` (files of rows, hub datasets) that its encoder reads.
         target: the column that its decoder writes.
         speed: time prefill and decoding of both models, in turns, and measure their memory.
+        dtype: of speed alone; default: ``auto``, the stored one where the machine multiplies it natively, else fp32.
         routing: ask what the routers of a MoE follow: token ids, places in a window, and what earlier models chose.
         earlier: of routing: earlier models of the same shape, or training runs, all of whose checkpoints are compared.
         progress: receives the progress.
 
     Raises:
-        UsageError: both ``tokens`` and ``full`` were given, ``tokens`` is below 2, a text is missing or empty, the stride is not
-            below the window, or a task is unknown or faulty.
+        UsageError: both ``tokens`` and ``full`` were given, ``dtype`` without ``speed``, ``tokens`` is below 2, a text is missing or
+            empty, the stride is not below the window, or a task is unknown or faulty.
         EnvironmentFault: a model does not fit into memory, or lm-eval or the data of a task is missing.
     """
     if (task_folder or limit is not None) and not tasks:
@@ -143,6 +146,8 @@ def evaluate(
         raise UsageError(f"--tokens: at least 2 are needed to measure a text, got {tokens}", hint="leave --tokens out")
     if earlier and not routing:
         raise UsageError("--earlier compares what routers choose", hint="--routing --earlier RUN")
+    if dtype and not speed:
+        raise UsageError("--dtype says what --speed computes in", hint=f"--speed --dtype {dtype}")
     other = str(reference) if reference else None
     scores = timed = habits = None
     if tasks:
@@ -151,7 +156,7 @@ def evaluate(
         scores = score_tasks(str(model), other, task_names, folder=folder, limit=limit, batch=batch, progress=progress)
         _keep(str(model), {"tasks": scores.as_dict()}, progress)
     if speed:
-        timed = measure_speed(str(model), other, progress=progress)
+        timed = measure_speed(str(model), other, dtype=dtype or AUTO, progress=progress)
         _keep(str(model), {"speed": timed.as_dict()}, progress)
     given = [text] if isinstance(text, str) else list(text or [])
     if routing:

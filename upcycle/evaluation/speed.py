@@ -10,10 +10,14 @@ from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
+import torch
+
 from upcycle import errors
 from upcycle.architectures.stock import load_tokenizer
 from upcycle.errors import EnvironmentFault, UsageError
+from upcycle.evaluation.timed_dtype import AUTO, timed_dtype
 from upcycle.files.formats.parsing import parse_json, read_json
+from upcycle.files.formats.tensor_files import read_config
 from upcycle.files.locate import locate
 from upcycle.hardware.child_processes import run_module, safe_environment
 from upcycle.progress import SILENT, Progress
@@ -87,6 +91,7 @@ def measure_speed(
     prompt: int = PROMPT,
     generate: int = GENERATE,
     rounds: int = ROUNDS,
+    dtype: str = AUTO,
     progress: Progress = SILENT,
 ) -> Speed:
     """Time both models on the same prompt, round by round in turns, so that whatever slows the machine slows both.
@@ -97,6 +102,7 @@ def measure_speed(
         prompt: tokens of the prompt, fewer where the context is shorter.
         generate: tokens to decode.
         rounds: how often each model is timed, after a first pass that is not.
+        dtype: of both; ``auto``: the one that ``model`` is stored in, but fp32 on a CPU that does not multiply it natively.
         progress: receives the progress.
 
     Raises:
@@ -104,12 +110,13 @@ def measure_speed(
         EnvironmentFault: the models do not fit into memory together.
     """
     names = [model, *([reference] if reference else [])]
+    computed = timed_dtype(dtype, _config(names), "cuda" if torch.cuda.is_available() else "cpu")
     prompts = [_prompt(name, prompt, generate) for name in names]
     length = min(map(len, prompts))
     with progress.phase("loading models", len(names)), _workers(names) as workers:
         about = []
         for worker, ids in zip(workers, prompts, strict=True):
-            about.append(worker.start(ids[:length], generate))
+            about.append(worker.start(ids[:length], generate, str(computed).removeprefix("torch.")))
             progress.advance()
         found: list[list[dict[str, float]]] = [[] for _ in workers]
         on_kernels: list[dict[str, Any]] = []
@@ -150,6 +157,12 @@ def measure_speed(
     )
 
 
+def _config(names: Sequence[str]) -> dict[str, Any]:
+    """Return the ``config.json`` of the first model; nothing if one of them is a file, which is read in fp32."""
+    paths = [locate(name).path for name in names]
+    return read_config(paths[0]) if all(path.is_dir() for path in paths) else {}
+
+
 def _prompt(name: str, wanted: int, generate: int) -> list[int]:
     path = locate(name).path
     ids: list[int] = encode(load_tokenizer(path), read_text(next(iter(DEMO_TEXTS)))).tolist()
@@ -182,9 +195,9 @@ class _Worker:
             text=True,
         )
 
-    def start(self, prompt: list[int], generate: int) -> dict[str, Any]:
+    def start(self, prompt: list[int], generate: int, dtype: str) -> dict[str, Any]:
         """Load the model, and return what its numbers depend on."""
-        return self._ask({"name": self.name, "prompt": prompt, "generate": generate})
+        return self._ask({"name": self.name, "prompt": prompt, "generate": generate, "dtype": dtype})
 
     def run(self) -> dict[str, float]:
         """Time one round, and return its seconds and peak memory."""

@@ -22,7 +22,7 @@ from upcycle.models.load import load_model
 
 
 class TimedModel:
-    """Runs a model as transformers does by default, in its stored dtype on a GPU or in fp32 on a CPU, and times it.
+    """Runs a model as transformers does by default, and times it.
 
     A MoE that :mod:`upcycle.kernels` knows can be timed on them, too, with the same weights in memory.
 
@@ -30,11 +30,11 @@ class TimedModel:
         name: folder, hub id, ``.gguf`` file or ``demo``.
         prompt: token ids of the prompt.
         generate: tokens to decode after it.
+        dtype: that of its weights and states.
     """
 
-    def __init__(self, name: str, prompt: list[int], generate: int) -> None:
+    def __init__(self, name: str, prompt: list[int], generate: int, dtype: torch.dtype = torch.float32) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype: Any = "auto" if self.device == "cuda" else torch.float32
         self.model = load_model(name, dtype=dtype, experts=None).to(self.device)
         self.prompt = torch.tensor([prompt], device=self.device)
         self.generate = generate
@@ -111,7 +111,7 @@ def main() -> None:
 
     request = parse_json(sys.stdin.readline(), "the request")
     try:
-        model = TimedModel(request["name"], request["prompt"], request["generate"])
+        model = TimedModel(request["name"], request["prompt"], request["generate"], getattr(torch, request["dtype"]))
         answer(model.about())
         for line in sys.stdin:
             answer(model.run_on_kernels() if parse_json(line, "the request").get("kernels") else model.run())

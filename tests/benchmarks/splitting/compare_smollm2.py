@@ -37,7 +37,7 @@ def main() -> int:
         command = [UPCYCLE, "compare", Path(model).name, "--active", arguments.active, "--methods", arguments.methods]
         command += ["--calibration", ",".join(path.name for path in calibration)]
         command += ["--calibration-tokens", arguments.tokens, "--text", ",".join(path.name for path in evaluation)]
-        command += ["--window", 512, "--out", arguments.out.resolve(), "--quiet"]
+        command += ["--dtype", "float32", "--window", 512, "--out", arguments.out.resolve(), "--quiet"]
         return subprocess.run(list(map(str, command)), check=False, cwd=folder).returncode
 
 

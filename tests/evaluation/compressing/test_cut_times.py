@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 from upcycle.evaluation.compressing import cut_times
@@ -19,7 +20,7 @@ def test_speeds(pico_moe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) 
     source = pico_moe("mixtral")
     asked: dict[str, Any] = {}
 
-    def clock(raw: dict[str, Any], shapes: dict[str, Any], layer_bytes: int, layers: int, *_: Any) -> Any:
+    def clock(raw: dict[str, Any], shapes: dict[str, Any], layer_bytes: int, layers: int, *_: Any, **__: Any) -> Any:
         asked.update(shapes)
         assert layers == 2
         times = {}
@@ -39,7 +40,7 @@ def test_speeds(pico_moe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) 
     ]
     candidates = [one for one in made if one is not None]
     assert len(candidates) == 6
-    timing = cut_times.time_cuts(checkpoint, candidates, 1, SILENT)
+    timing = cut_times.time_cuts(checkpoint, candidates, 1, SILENT, torch.float32)
     assert len(asked) == 4  # the uncut model, and each shape once
     whole, half = candidates[0].sizes, candidates[-1].sizes
     assert timing.speeds(whole) == {how: {"prefill": 1.0, "decode": 1.0} for how in (STOCK, OWN)}

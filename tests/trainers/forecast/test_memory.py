@@ -134,7 +134,7 @@ def test_experts_by_implementation() -> None:
 def test_activation_checkpointing_keeps_inputs_and_one_layer() -> None:
     plain, again = division(1), division(1, activation_checkpointing=True)
     layer = layer_bytes(plain, plain.counts.layers[0])
-    head = 256 * V * (4 + 8)
+    head = 256 * V * (4 + 4)
     assert activation_bytes(plain) == pytest.approx(3 * layer + head)
     assert activation_bytes(again) == pytest.approx(3 * 4 * 256 * D + layer + head)
 
@@ -147,7 +147,10 @@ def test_a_parent_is_whole_on_every_rank_and_in_stage_3_divided(stage: int) -> N
     # A sixteenth of all, and the embeddings while they are gathered, which have more elements than a layer.
     divided = parent.elements / 16 + V * D
     assert with_it.parent == 2 * (divided if stage == 3 else parent.elements)
-    assert with_it.activations - without.activations == 256 * V * (2 + 16)
+    assert with_it.activations - without.activations == 256 * V * (2 + 4)
+    told = {"dtype": "bfloat16", "cache": "kept"}
+    cached = division(stage, stages={"steps": 1, "learning_rate": 1, "distillation": told})
+    assert forecast_memory(cached, parent).activations - without.activations == 256 * V * 16
     teacher = 2 * parent.elements
     assert with_it.loading == (max(4 * V * D, 2 * V * D) if stage == 3 else 4 * own.counts.elements + teacher)
 

@@ -12,6 +12,7 @@ import click
 from upcycle.cli.shared.options import common_options, quiet_option
 from upcycle.cli.shared.output import ProgressBars, print_facts, print_json, print_table, warn
 from upcycle.errors import UsageError
+from upcycle.evaluation.timed_dtype import AUTO, TIMED_DTYPES
 from upcycle.files.atomic_files import write_text_whole
 from upcycle.files.output.ownership import cannot_write, check_overwritable, holds_keys
 from upcycle.formatting import duration, size
@@ -100,6 +101,12 @@ _COMMON_KEYS = ("source", "results", "skipped", "timing", "goal")  # of the JSON
 )
 @click.option(
     "--batch", type=click.IntRange(1), default=1, help="sequences at a time, where speed is measured  [default: 1]"
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(TIMED_DTYPES),
+    default=AUTO,
+    help="that speed is measured in  [default: auto, the stored one where this machine multiplies it natively, else float32]",
 )
 @click.option("--no-time", "timed", is_flag=True, flag_value=False, default=True, help="measure no speed")
 @click.option("--seed", default=0, help="seed of every random choice  [default: 0]")

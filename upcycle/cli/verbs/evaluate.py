@@ -13,6 +13,7 @@ from upcycle.cli.shared.options import common_options, quiet_option
 from upcycle.cli.shared.output import ProgressBars, note, print_facts, print_json, print_table
 from upcycle.evaluation.score_table import score_rows
 from upcycle.evaluation.speed_table import speed_rows
+from upcycle.evaluation.timed_dtype import TIMED_DTYPES
 from upcycle.files.user_paths import user_path
 
 
@@ -54,6 +55,11 @@ from upcycle.files.user_paths import user_path
 )
 @click.option("--target", help="of a model of two texts: the decoder's column")
 @click.option("--speed", is_flag=True, help="time prefill and decoding, and measure memory, instead of perplexity")
+@click.option(
+    "--dtype",
+    type=click.Choice(TIMED_DTYPES),
+    help="that --speed computes in  [default: auto, the stored one where this machine multiplies it natively, else float32]",
+)
 @click.option("--routing", is_flag=True, help="ask what routers follow: token ids, places in a window, earlier models")
 @click.option(
     "--earlier",
@@ -79,6 +85,7 @@ def command(
     column: str,
     target: str | None,
     speed: bool,
+    dtype: str | None,
     routing: bool,
     earlier: tuple[str, ...],
     quiet: bool,
@@ -122,6 +129,7 @@ def command(
         limit=limit,
         batch=batch,
         speed=speed,
+        dtype=dtype,
         images=images,
         column=column,
         target=target,

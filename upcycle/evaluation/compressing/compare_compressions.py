@@ -27,6 +27,7 @@ from upcycle.evaluation.compressing.cut_candidates import REFITS, CutCandidate, 
 from upcycle.evaluation.compressing.cut_comparison import CutComparison, CutResult, concerns, ranked, recommend_cuts
 from upcycle.evaluation.compressing.cut_measures import CutMeasures, CutMeter, CutTexts, cut_texts
 from upcycle.evaluation.compressing.cut_times import CutTiming, time_cuts
+from upcycle.evaluation.timed_dtype import AUTO, timed_dtype
 from upcycle.files.formats.tensor_files import read_config
 from upcycle.files.locate import locate
 from upcycle.files.output.scratch import scratch
@@ -69,6 +70,7 @@ def compare_compressions(
     within: float | None = None,
     batch: int = 1,
     timed: bool = True,
+    dtype: str = AUTO,
     seed: int = 0,
     progress: Progress = IN_NOTEBOOKS,
 ) -> CutComparison:
@@ -88,6 +90,7 @@ def compare_compressions(
             others together.
         batch: sequences at a time, where speed is measured.
         timed: measure speed: models of the candidates' shapes with random weights, beside the uncut one.
+        dtype: in which speed is measured; ``auto``: the stored one where this CPU multiplies it natively, else fp32.
         seed: seed of every random choice.
         progress: receives the progress, and is told what takes how long.
 
@@ -101,6 +104,7 @@ def compare_compressions(
     _check(keep, texts, faster, within, timed)
     methods = compression_names(compress)
     checkpoint = MoeCheckpoint.open(source)
+    computed = timed_dtype(dtype, checkpoint.raw_config)
     if not checkpoint.has_tokenizer:
         raise UsageError(
             f"{source} has no tokenizer, and a comparison reads text", hint="put its files beside the weights"
@@ -151,7 +155,7 @@ def compare_compressions(
                 rows.append(_row(one, found, uncut, measured, checkpoint, result.seconds, options.command(one)))
                 progress.advance()
         checkpoint.check_unchanged()
-    timing = time_cuts(checkpoint, candidates, batch, progress) if timed else None
+    timing = time_cuts(checkpoint, candidates, batch, progress, computed) if timed else None
     if timing:
         rows = [_timed(row, one, timing) for row, one in zip(rows, candidates, strict=True)]
     results = recommend_cuts(ranked(rows), faster, within)

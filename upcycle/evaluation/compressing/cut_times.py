@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
 from upcycle.evaluation.compare_times import time_beside
 from upcycle.evaluation.compressing.cut_candidates import CutCandidate
@@ -45,7 +47,7 @@ class CutTiming:
 
 
 def time_cuts(
-    checkpoint: MoeCheckpoint, candidates: Sequence[CutCandidate], batch: int, progress: Progress
+    checkpoint: MoeCheckpoint, candidates: Sequence[CutCandidate], batch: int, progress: Progress, dtype: torch.dtype
 ) -> CutTiming:
     """Time every shape among the candidates once, with random weights: how long a model takes depends on its shapes alone."""
     model, raw = checkpoint.model, checkpoint.raw_config
@@ -61,7 +63,7 @@ def time_cuts(
         for layer, names in model.names.items()
         if layer is not None
     )
-    return CutTiming(*time_beside(raw, shapes, 4 * max(layers), model.layers, batch, progress))
+    return CutTiming(*time_beside(raw, shapes, 4 * max(layers), model.layers, batch, progress, dtype=dtype))
 
 
 def _name(sizes: CutSizes) -> str:
