@@ -13,6 +13,7 @@ import torch
 from upcycle.kernels.cpu.expert_groups import CpuPass, Group
 from upcycle.kernels.cpu.fused_activations import hidden, hidden_and_gradient
 from upcycle.kernels.cpu.recycled_memory import recycled, recycled_like
+from upcycle.kernels.cpu.token_rows import TokenRows
 from upcycle.kernels.layout.dispatch import Dispatch
 from upcycle.kernels.layout.expert_weights import ExpertWeights, Gradients, UpPart
 
@@ -53,19 +54,18 @@ def backward(
     """Gradients, group by group; see :class:`upcycle.kernels.layout.expert_weights.Backend`. Experts without rows get zeros."""
     run = CpuPass(x, weights, dispatch)
     made = Gradients(*(None if need is None else recycled_like(need) for need in needs))
-    grad = grad.to(run.products.sum)
+    given, grad = grad, grad.to(run.products.sum)
     slots = dispatch.row_slot[: run.total]
     row_scores = None if scores is None else scores[slots]
     score_grads = run.x.new_zeros(run.total)
     for group in run.groups:
         scale = None if row_scores is None else row_scores[group.rows]
-        grads = run.gather(grad, group, "grads")
+        grads = run.rows(given, grad, group, "grads")
         if weights.down_bias is not None:
-            _through_down_bias(weights.down_bias, group, grads, scale, score_grads, made)
+            _through_down_bias(weights.down_bias, group, grads.together, scale, score_grads, made)
         h, dz = _through_activation(run, group, grads, z, scale, score_grads, made)
         if made.down is not None:
-            lefts, rights = grads.T.split(group.counts, 1), h.split(group.counts)
-            run.products.outer(lefts, rights, weights.matrices("down", group.experts, made.down))
+            run.products.outer(grads, h.split(group.counts), weights.matrices("down", group.experts, made.down))
         _through_up(run, group, dz, made)
     for expert in run.idle:
         _zero(weights, expert, made)
@@ -77,7 +77,7 @@ def backward(
 def _pre_activations(run: CpuPass, group: Group, z: torch.Tensor) -> torch.Tensor:
     """Fill ``z [n, I or 2 I]`` with the group's pre-activations, and return it."""
     weights = run.weights
-    inputs = run.gather(run.x, group, "inputs").split(group.counts)
+    inputs = run.rows(run.tokens, run.x, group, "inputs")
     for part, target in _parts(weights, z):
         outs = target.split(group.counts)
         run.products.linear(inputs, weights.matrices(part, group.experts, turned=True), outs)
@@ -90,7 +90,7 @@ def _pre_activations(run: CpuPass, group: Group, z: torch.Tensor) -> torch.Tenso
 def _through_activation(
     run: CpuPass,
     group: Group,
-    grads: torch.Tensor,
+    grads: TokenRows,
     z_flat: torch.Tensor,
     scale: torch.Tensor | None,
     score_grads: torch.Tensor,
@@ -111,8 +111,8 @@ def _through_activation(
     else:
         z = run.buffer("z", n, columns).copy_(z_flat[group.z].view(n, columns))
     dh, dz, h = run.buffer("dh", n, width), run.buffer("dz", *z.shape), run.buffer("h", n, width)
-    run.products.linear(grads.split(group.counts), weights.matrices("down", group.experts), dh.split(group.counts))
-    products = None if made.scores is None else grads.new_empty(n)
+    run.products.linear(grads, weights.matrices("down", group.experts), dh.split(group.counts))
+    products = None if made.scores is None else run.x.new_empty(n)
     hidden_and_gradient(weights.activation, weights.gated, z, dh, scale, h, dz, products)
     if products is not None:
         score_grads[group.rows] += products
@@ -121,10 +121,10 @@ def _through_activation(
 
 def _through_up(run: CpuPass, group: Group, dz: torch.Tensor, made: Gradients) -> None:
     weights, counts, experts = run.weights, group.counts, group.experts
-    inputs = () if made.up is None else run.gather(run.x, group, "inputs").split(counts)
+    inputs = run.rows(run.tokens, run.x, group, "inputs")
     for number, (part, columns) in enumerate(_parts(weights, dz)):
         if made.up is not None:
-            run.products.outer(columns.T.split(counts, 1), inputs, weights.matrices(part, experts, made.up))
+            run.products.outer(columns.split(counts), inputs, weights.matrices(part, experts, made.up))
         if made.x is not None:
             outs = run.expanded[group.rows].split(counts)
             run.products.linear(columns.split(counts), weights.matrices(part, experts), outs, add=number > 0)

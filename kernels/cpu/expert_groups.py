@@ -10,6 +10,7 @@ import torch
 from upcycle.kernels.cpu.combine import Combiner
 from upcycle.kernels.cpu.products import Products
 from upcycle.kernels.cpu.recycled_memory import recycled
+from upcycle.kernels.cpu.token_rows import TokenRows
 from upcycle.kernels.layout.dispatch import Dispatch
 from upcycle.kernels.layout.expert_weights import ExpertWeights
 
@@ -48,7 +49,7 @@ class CpuPass:
         """Group the experts of a pass over ``x [T, H]``."""
         self.weights, self.dispatch = weights, dispatch
         self.products = Products(x.dtype)
-        self.x = x.to(self.products.sum)
+        self.tokens, self.x = x, x.to(self.products.sum)
         offsets = dispatch.offsets.tolist()
         self.total: int = offsets[-1]
         self.groups, self.idle, self.z_size = grouped(offsets, weights)
@@ -64,10 +65,15 @@ class CpuPass:
             self._buffers[name] = recycled(self.x, self._most_rows * columns)
         return self._buffers[name][: rows * columns].view(rows, columns)
 
-    def gather(self, tokens: torch.Tensor, group: Group, name: str) -> torch.Tensor:
-        """The tokens ``[T, H]`` of the group's rows, copied into the buffer of this name."""
-        out = self.buffer(name, group.size, tokens.shape[1])
-        return torch.index_select(tokens, 0, self.dispatch.row_token[group.rows], out=out)
+    def rows(self, tokens: torch.Tensor, cast: torch.Tensor, group: Group, name: str) -> TokenRows:
+        """The group's rows of ``tokens [T, H]``, ``cast`` in the accumulator's dtype; the buffer of this name holds them together."""
+        index = self.dispatch.row_token[group.rows]
+
+        def gather() -> torch.Tensor:
+            out = self.buffer(name, group.size, cast.shape[1])
+            return torch.index_select(cast, 0, index, out=out)
+
+        return TokenRows(tokens, index, group.counts, gather)
 
 
 def grouped(offsets: list[int], weights: ExpertWeights) -> tuple[list[Group], list[int], int]:

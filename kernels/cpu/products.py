@@ -10,6 +10,9 @@ from functools import lru_cache
 
 import torch
 
+from upcycle.kernels.cpu.native.tile_products import tiled_linear, tiled_outer
+from upcycle.kernels.cpu.token_rows import TokenRows, parts_of
+
 PIECE = 2**17  # elements of a cast piece: half a megabyte in fp32
 LARGE = 2**20  # elements of a matrix that does not stay in the cache between two rows
 FEW = range(2, 5)  # rows that are multiplied faster as columns, if the matrix is large and has more outputs than inputs
@@ -50,19 +53,26 @@ class Products:
 
     def linear(
         self,
-        rows: Sequence[torch.Tensor],
+        rows: TokenRows | Sequence[torch.Tensor],
         weights: Sequence[torch.Tensor],
         outs: Sequence[torch.Tensor],
         add: bool = False,
     ) -> None:
-        """Write ``rows [n, j] @ weight [j, i]`` into every ``out [n, i]``, or add it; weights may be strided."""
+        """Write ``rows [n, j] @ weight [j, i]`` into every ``out [n, i]``, or add it.
+
+        Rows and outs are parts of one matrix each; weights are of one shape and have the same strides, whatever these are.
+        """
         if self._same and not add:
+            rows = parts_of(rows)
             for left, right, out in zip(rows, weights, outs, strict=True):
                 if len(left) in FEW and right.numel() >= LARGE and right.shape[0] <= right.shape[1]:
                     out.copy_(torch.mm(right.T, left.T).T)
                 else:
                     torch.mm(left, right, out=out)
             return
+        if self._native and len(outs) and tiled_linear(rows, weights, outs, add):
+            return
+        rows = parts_of(rows)
         for left, right, out in zip(rows, weights, outs, strict=True):
             if self._same:
                 out.addmm_(left, right)
@@ -74,18 +84,26 @@ class Products:
                 self._linear_by_pieces(left, right, out, add)
 
     def outer(
-        self, lefts: Sequence[torch.Tensor], rights: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]
+        self,
+        lefts: TokenRows | Sequence[torch.Tensor],
+        rights: TokenRows | Sequence[torch.Tensor],
+        outs: Sequence[torch.Tensor],
     ) -> None:
-        """Write ``left [i, n] @ right [n, j]`` into every ``out [i, j]``, which has the weights' dtype and may be strided."""
-        for left, right, out in zip(lefts, rights, outs, strict=True):
+        """Write ``left [n, i].T @ right [n, j]`` into every ``out [i, j]``, which has the weights' dtype.
+
+        Lefts and rights are parts of one matrix each; outs have the same strides, whatever these are.
+        """
+        if self._native and len(outs) and tiled_outer(lefts, rights, outs):
+            return
+        for left, right, out in zip(parts_of(lefts), parts_of(rights), outs, strict=True):
             if self._same:
-                torch.mm(left, right, out=out)
+                torch.mm(left.T, right, out=out)
             elif self._native:
-                out.copy_(self._padded(left.T).T @ self._padded(right))
+                out.copy_(self._padded(left).T @ self._padded(right))
             elif out.stride(0) < out.stride(1):  # written in the order in which it lies in memory
-                self._outer_by_pieces(right.T, left.T, out.T)
+                self._outer_by_pieces(right.T, left, out.T)
             else:
-                self._outer_by_pieces(left, right, out)
+                self._outer_by_pieces(left.T, right, out)
 
     def _padded(self, rows: torch.Tensor) -> torch.Tensor:
         """``[n, j]`` cast to the weights' dtype as ``[padded_rows(n), j]``, whose last rows are zeros."""

@@ -116,6 +116,7 @@ def test_a_forked_process_has_a_copy() -> None:
     tensor = Recycler().empty(SHAPE, torch.float32).fill_(1)
     child = os.fork()
     if not child:
+        torch.set_num_threads(1)  # the threads of torch's pool stayed behind
         tensor.fill_(2)
         os._exit(0)
     os.waitpid(child, 0)

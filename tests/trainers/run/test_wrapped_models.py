@@ -210,7 +210,8 @@ def test_relu_routers_become_sparse(converted: Callable[..., Path], tmp_path: Pa
     assert any("experts 4.00 per token" in line for line in said)
     newest = latest(tmp_path / "run")
     assert newest
-    assert newest.state["losses"]["relu_l1"]["coefficient"] > 0.01
+    rises = sum(1 if each > 1 else -1 for each in experts)
+    assert newest.state["losses"]["relu_l1"]["coefficient"] == pytest.approx(0.01 * 1.5**rises)
 
 
 def test_what_experts_do_not_give_one_by_one_is_refused(converted: Callable[..., Path], tmp_path: Path) -> None:

@@ -1,0 +1,284 @@
+// Products of many small bf16 matrices in the processor's tiles (AMX), all of a pass in one call: asked for one by one, a product of an
+// expert's few rows takes less time than asking for it. Operands are packed into tiles on the way; sums are fp32, rounded once.
+// A tile holds 16 rows of 16 words of two bf16 numbers that are neighbours in the summed dimension, which has any length:
+// zeros fill the last tile.
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512VL__) && defined(__AVX512BW__) && defined(__linux__)
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+namespace {
+
+constexpr int64_t SIDE = 16, DEPTH = 32;  // rows and columns of a tile of sums; summed numbers of a tile of operands
+constexpr int64_t CHUNK_ROWS = 256, CHUNK_COLUMNS = 64;  // that are packed at a time, so that they stay in the cache
+
+struct alignas(64) Tile {
+  __m512i rows[SIDE];
+};
+
+struct alignas(64) Sums {
+  float at[SIDE][SIDE];
+};
+
+struct alignas(64) Shapes {
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+inline __mmask16 first(int64_t count) { return count >= 16 ? 0xffff : static_cast<__mmask16>((1u << std::max<int64_t>(0, count)) - 1); }
+
+inline __m256i halved(__m512 values) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values)); }
+
+// Words of two rows of numbers: those of the first in the low halves.
+inline __m512i paired(__m256i low, __m256i high) {
+  return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+}
+
+// Exchanges rows and words.
+inline void turn(Tile& tile) {
+  __m512i s[SIDE], t[SIDE];
+  for (int i = 0; i < 16; i += 2) {
+    s[i] = _mm512_unpacklo_epi32(tile.rows[i], tile.rows[i + 1]);
+    s[i + 1] = _mm512_unpackhi_epi32(tile.rows[i], tile.rows[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    t[i] = _mm512_unpacklo_epi64(s[i], s[i + 2]);
+    t[i + 1] = _mm512_unpackhi_epi64(s[i], s[i + 2]);
+    t[i + 2] = _mm512_unpacklo_epi64(s[i + 1], s[i + 3]);
+    t[i + 3] = _mm512_unpackhi_epi64(s[i + 1], s[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512i even = _mm512_shuffle_i32x4(t[i], t[i + 4], 0x88), odd = _mm512_shuffle_i32x4(t[i], t[i + 4], 0xdd);
+    const __m512i even2 = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0x88), odd2 = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0xdd);
+    tile.rows[i] = _mm512_shuffle_i32x4(even, even2, 0x88);
+    tile.rows[i + 8] = _mm512_shuffle_i32x4(even, even2, 0xdd);
+    tile.rows[i + 4] = _mm512_shuffle_i32x4(odd, odd2, 0x88);
+    tile.rows[i + 12] = _mm512_shuffle_i32x4(odd, odd2, 0xdd);
+  }
+}
+
+// An operand [outer, inner] whose inner dimension is contiguous, in fp32 or bf16. `summed_inner`: the inner one is summed over.
+// With an index, its rows are those of a larger matrix that the index names.
+template <class Number, bool summed_inner>
+struct Operand {
+  const Number* at;
+  int64_t outer, inner, stride;
+  const int32_t* index = nullptr;
+
+  const Number* row(int64_t number) const { return at + (index ? index[number] : number) * stride; }
+
+  static __m256i sixteen(const Number* from, int64_t count) {
+    if constexpr (sizeof(Number) == 4) return halved(_mm512_maskz_loadu_ps(first(count), from));
+    else return _mm256_maskz_loadu_epi16(first(count), from);
+  }
+
+  // 16 kept rows, each with 16 words of the summed dimension.
+  void by_rows(int64_t kept, int64_t depth, Tile& tile) const {
+    if constexpr (summed_inner) {
+      for (int64_t i = 0; i < SIDE; ++i) {
+        if (kept + i >= outer) { tile.rows[i] = _mm512_setzero_si512(); continue; }
+        const Number* from = row(kept + i) + depth;
+        const __m512i low = _mm512_castsi256_si512(sixteen(from, inner - depth));
+        const int64_t left = inner - depth - 16;
+        tile.rows[i] = _mm512_inserti64x4(low, left > 0 ? sixteen(from + 16, left) : _mm256_setzero_si256(), 1);
+      }
+    } else {
+      by_words(kept, depth, tile);
+      turn(tile);
+    }
+  }
+
+  // 16 words of the summed dimension, each of 16 kept columns.
+  void by_words(int64_t kept, int64_t depth, Tile& tile) const {
+    if constexpr (summed_inner) {
+      by_rows(kept, depth, tile);
+      turn(tile);
+    } else {
+      for (int64_t i = 0; i < SIDE; ++i) {
+        const int64_t number = depth + 2 * i;
+        const __m256i none = _mm256_setzero_si256();
+        const __m256i low = number < outer ? sixteen(row(number) + kept, inner - kept) : none;
+        const __m256i high = number + 1 < outer ? sixteen(row(number + 1) + kept, inner - kept) : none;
+        tile.rows[i] = paired(low, high);
+      }
+    }
+  }
+};
+
+// fp32 results, written or added to what is there; or bf16 ones.
+struct Floats {
+  float* at;
+  int64_t stride;
+  bool add;
+
+  void write(int64_t row, int64_t column, __m512 values, __mmask16 mask) const {
+    float* to = at + row * stride + column;
+    if (add) values = _mm512_add_ps(values, _mm512_maskz_loadu_ps(mask, to));
+    _mm512_mask_storeu_ps(to, mask, values);
+  }
+};
+
+struct Halves {
+  uint16_t* at;
+  int64_t stride;
+
+  void write(int64_t row, int64_t column, __m512 values, __mmask16 mask) const {
+    _mm256_mask_storeu_epi16(at + row * stride + column, mask, halved(values));
+  }
+};
+
+template <class Out>
+inline void put(const Out& out, const Sums& sums, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+  const __mmask16 mask = first(columns - column);
+  const int64_t count = std::min<int64_t>(SIDE, rows - row);
+  for (int64_t i = 0; i < count; ++i) out.write(row + i, column, _mm512_load_ps(sums.at[i]), mask);
+}
+
+// The rows [begin, end) of left [rows, depth] times right [depth, columns].
+template <class Left, class Right, class Out>
+void multiply(const Left& left, const Right& right, const Out& out, int64_t begin, int64_t end, int64_t depth, int64_t columns) {
+  thread_local std::vector<Tile> lefts, rights;
+  const int64_t deep = (depth + DEPTH - 1) / DEPTH, blocks = (end - begin + SIDE - 1) / SIDE;
+  lefts.resize(blocks * deep);
+  rights.resize(CHUNK_COLUMNS / SIDE * deep);
+  for (int64_t m = 0; m < blocks; ++m)
+    for (int64_t k = 0; k < deep; ++k) left.by_rows(begin + m * SIDE, k * DEPTH, lefts[m * deep + k]);
+  Sums sums;
+  for (int64_t chunk = 0; chunk < columns; chunk += CHUNK_COLUMNS) {
+    const int64_t wide = (std::min(CHUNK_COLUMNS, columns - chunk) + SIDE - 1) / SIDE;
+    for (int64_t n = 0; n < wide; ++n)
+      for (int64_t k = 0; k < deep; ++k) right.by_words(chunk + n * SIDE, k * DEPTH, rights[n * deep + k]);
+    for (int64_t n = 0; n < wide; n += 2) {
+      const bool two = n + 1 < wide;
+      const Tile *b0 = &rights[n * deep], *b1 = two ? b0 + deep : b0;
+      for (int64_t m = 0; m < blocks; m += 2) {
+        const bool both = m + 1 < blocks;
+        const Tile *a0 = &lefts[m * deep], *a1 = both ? a0 + deep : a0;
+        _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+        for (int64_t k = 0; k < deep; ++k) {
+          _tile_loadd(4, a0 + k, 64); _tile_loadd(6, b0 + k, 64);
+          _tile_dpbf16ps(0, 4, 6);
+          if (two) { _tile_loadd(7, b1 + k, 64); _tile_dpbf16ps(1, 4, 7); }
+          if (both) {
+            _tile_loadd(5, a1 + k, 64);
+            _tile_dpbf16ps(2, 5, 6);
+            if (two) _tile_dpbf16ps(3, 5, 7);
+          }
+        }
+        const int64_t row = begin + m * SIDE, column = chunk + n * SIDE;
+        _tile_stored(0, sums.at, 64); put(out, sums, row, end, column, columns);
+        if (two) { _tile_stored(1, sums.at, 64); put(out, sums, row, end, column + SIDE, columns); }
+        if (both) { _tile_stored(2, sums.at, 64); put(out, sums, row + SIDE, end, column, columns); }
+        if (both && two) { _tile_stored(3, sums.at, 64); put(out, sums, row + SIDE, end, column + SIDE, columns); }
+      }
+    }
+  }
+}
+
+bool allowed() {  // Linux asks every process for leave to use tiles (ARCH_REQ_XCOMP_PERM, XTILEDATA)
+  static const bool granted = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+  return granted;
+}
+
+struct Task {
+  int64_t item, begin, end;
+};
+
+template <class Run>
+void all(const std::vector<Task>& tasks, int threads, Run run) {
+  const Shapes shapes;
+#ifdef _OPENMP
+  if (threads > 1 && tasks.size() > 1) {
+#pragma omp parallel num_threads(threads)
+    {
+      _tile_loadconfig(&shapes);
+#pragma omp for schedule(dynamic, 1)
+      for (size_t i = 0; i < tasks.size(); ++i) run(tasks[i]);
+      _tile_release();
+    }
+    return;
+  }
+#endif
+  _tile_loadconfig(&shapes);
+  for (const Task& task : tasks) run(task);
+  _tile_release();
+}
+
+void divide(std::vector<Task>& tasks, int64_t item, int64_t rows) {
+  for (int64_t row = 0; row < rows; row += CHUNK_ROWS) tasks.push_back({item, row, std::min(rows, row + CHUNK_ROWS)});
+}
+
+struct Rows {  // of an expert: `at` is its first row, or with an index the first of the matrix that has them
+  const void* at;
+  const int32_t* index;
+
+  template <class Number, bool summed_inner>
+  Operand<Number, summed_inner> operand(int64_t count, int64_t width, int64_t stride) const {
+    return {static_cast<const Number*>(at), count, width, stride, index};
+  }
+};
+
+struct Item {
+  Rows rows;
+  int64_t count;
+  Rows other;
+  void* out;
+};
+
+struct Sizes {
+  int64_t i, j, rows_stride, other_stride, out_stride;
+  bool turned, add;
+};
+
+template <class Number>
+void linear(const Item& item, const Task& task, const Sizes& s) {
+  const auto rows = item.rows.operand<Number, true>(item.count, s.j, s.rows_stride);
+  const Floats out{static_cast<float*>(item.out), s.out_stride, s.add};
+  if (s.turned) multiply(rows, item.other.operand<uint16_t, true>(s.i, s.j, s.other_stride), out, task.begin, task.end, s.j, s.i);
+  else multiply(rows, item.other.operand<uint16_t, false>(s.j, s.i, s.other_stride), out, task.begin, task.end, s.j, s.i);
+}
+
+template <class Left, class Right>
+void outer(const Item& item, const Task& task, const Sizes& s) {
+  const auto left = item.rows.operand<Left, false>(item.count, s.i, s.rows_stride);
+  const auto right = item.other.operand<Right, false>(item.count, s.j, s.other_stride);
+  const Halves out{static_cast<uint16_t*>(item.out), s.out_stride};
+  if (s.turned) multiply(right, left, out, task.begin, task.end, item.count, s.i);
+  else multiply(left, right, out, task.begin, task.end, item.count, s.j);
+}
+
+}  // namespace
+
+// is_outer == 0: out [n, i] (+)= rows [n, j] weight [j, i] of every item, in fp32; the weight is contiguous along j (`turned`) or i.
+// is_outer == 1: out [i, j] = rows [n, i]^T other [n, j] in bf16; out is contiguous along j, or (`turned`) along i.
+// Strides are those of the other dimension. `halves`: 1 where rows are bf16, 2 where the other side's are, which weights always
+// are; else they are fp32. Returns 1 where there are no tiles.
+extern "C" int upcycle_tile_products(int is_outer, int halves, const int64_t* items, int64_t count, int64_t i, int64_t j,
+                                     int64_t rows_stride, int64_t other_stride, int64_t out_stride, int turned, int add,
+                                     int threads) {
+  if (!allowed()) return 1;
+  const Sizes sizes{i, j, rows_stride, other_stride, out_stride, turned != 0, add != 0};
+  const Item* all_items = reinterpret_cast<const Item*>(items);
+  std::vector<Task> tasks;
+  for (int64_t item = 0; item < count; ++item) divide(tasks, item, !is_outer ? all_items[item].count : turned ? j : i);
+  all(tasks, threads, [&](const Task& task) {
+    const Item& item = all_items[task.item];
+    if (!is_outer) return halves & 1 ? linear<uint16_t>(item, task, sizes) : linear<float>(item, task, sizes);
+    if (halves & 1) return outer<uint16_t, float>(item, task, sizes);
+    if (halves & 2) return outer<float, uint16_t>(item, task, sizes);
+    outer<float, float>(item, task, sizes);
+  });
+  return 0;
+}
+
+#else
+extern "C" int upcycle_tile_products(int, int, const int64_t*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int, int, int) {
+  return 1;
+}
+#endif
