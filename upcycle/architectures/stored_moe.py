@@ -291,8 +291,9 @@ class MoeModel:
         changed = {**dict.fromkeys(spelt, experts), self.family.top_k_key: top_k}
         if width is not None and width != self.expert_width:
             # A key that the class does not read may be there, too, with another number.
-            keys = ("moe_intermediate_size", "intermediate_size")
-            changed[next(key for key in keys if getattr(self.stock, key, None) == self.expert_width)] = width
+            known = type(self.stock)()
+            keys = [key for key in ("moe_intermediate_size", "intermediate_size") if hasattr(known, key)]
+            changed[next(key for key in keys if getattr(self.stock, key) == self.expert_width)] = width
         return self.family.with_text(self.raw, changed)
 
     def expert_origins(self, layer: int) -> Iterator[tuple[int, Origin]]:
