@@ -67,6 +67,7 @@ inline void turn(Tile& tile) {
 // With an index, its rows are those of a larger matrix that the index names.
 template <class Number, bool summed_inner>
 struct Operand {
+  static constexpr bool by_depth = !summed_inner;
   const Number* at;
   int64_t outer, inner, stride;
   const int32_t* index = nullptr;
@@ -140,6 +141,18 @@ inline void put(const Out& out, const Sums& sums, int64_t row, int64_t rows, int
   for (int64_t i = 0; i < count; ++i) out.write(row + i, column, _mm512_load_ps(sums.at[i]), mask);
 }
 
+// Goes over an operand's tiles as they lie: rows of a large matrix are in a page of memory each, which takes long to find.
+template <bool by_depth, class Pack>
+inline void in_memory_order(int64_t kept, int64_t deep, Pack pack) {
+  if constexpr (by_depth) {
+    for (int64_t k = 0; k < deep; ++k)
+      for (int64_t n = 0; n < kept; ++n) pack(n, k);
+  } else {
+    for (int64_t n = 0; n < kept; ++n)
+      for (int64_t k = 0; k < deep; ++k) pack(n, k);
+  }
+}
+
 // The rows [begin, end) of left [rows, depth] times right [depth, columns].
 template <class Left, class Right, class Out>
 void multiply(const Left& left, const Right& right, const Out& out, int64_t begin, int64_t end, int64_t depth, int64_t columns) {
@@ -147,13 +160,15 @@ void multiply(const Left& left, const Right& right, const Out& out, int64_t begi
   const int64_t deep = (depth + DEPTH - 1) / DEPTH, blocks = (end - begin + SIDE - 1) / SIDE;
   lefts.resize(blocks * deep);
   rights.resize(CHUNK_COLUMNS / SIDE * deep);
-  for (int64_t m = 0; m < blocks; ++m)
-    for (int64_t k = 0; k < deep; ++k) left.by_rows(begin + m * SIDE, k * DEPTH, lefts[m * deep + k]);
+  in_memory_order<Left::by_depth>(blocks, deep, [&](int64_t m, int64_t k) {
+    left.by_rows(begin + m * SIDE, k * DEPTH, lefts[m * deep + k]);
+  });
   Sums sums;
   for (int64_t chunk = 0; chunk < columns; chunk += CHUNK_COLUMNS) {
     const int64_t wide = (std::min(CHUNK_COLUMNS, columns - chunk) + SIDE - 1) / SIDE;
-    for (int64_t n = 0; n < wide; ++n)
-      for (int64_t k = 0; k < deep; ++k) right.by_words(chunk + n * SIDE, k * DEPTH, rights[n * deep + k]);
+    in_memory_order<Right::by_depth>(wide, deep, [&](int64_t n, int64_t k) {
+      right.by_words(chunk + n * SIDE, k * DEPTH, rights[n * deep + k]);
+    });
     for (int64_t n = 0; n < wide; n += 2) {
       const bool two = n + 1 < wide;
       const Tile *b0 = &rights[n * deep], *b1 = two ? b0 + deep : b0;

@@ -14,7 +14,7 @@ from upcycle.kernels.cpu.native.compile import Function, function
 from upcycle.kernels.cpu.token_rows import TokenRows
 from upcycle.kernels.layout.plain_memory import is_plain
 
-MOST = 2**20  # elements of a matrix: of larger ones, a product of oneDNN's takes longer than asking for it
+MOST = 2**21  # elements of a matrix: of larger ones, a product of oneDNN's takes longer than asking for it
 _ARGUMENTS = (ctypes.c_int, ctypes.c_int, ctypes.c_void_p, *[ctypes.c_int64] * 6, *[ctypes.c_int] * 3)
 
 
