@@ -7,6 +7,7 @@ two seeds each.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,10 @@ def main() -> int:
     """Recycle, train and compare; returns the exit code."""
     from transformers import ViTForImageClassification
 
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("layers", nargs="?", choices=("last-half", "all"), default="last-half", help="that get experts")
+    layers = parser.parse_args().layers
     (images, _), held = digits()
-    layers = sys.argv[1] if len(sys.argv) > 1 else "last-half"
     dense = ViTForImageClassification.from_pretrained(digits_vit())
     print(f"dense: {accuracy(dense, *held):.2%}")
     inputs = [{"pixel_values": images}]
