@@ -1,5 +1,5 @@
-// Products of many small bf16 matrices in the processor's tiles (AMX), all of a pass in one call: asked for one by one, a product of an
-// expert's few rows takes less time than asking for it. Operands are packed into tiles on the way; sums are fp32, rounded once.
+// Products of many small bf16 matrices in the processor's tiles (AMX), all of a pass in one call: asked for one by one, a product of
+// an expert's few rows takes less time than asking for it. Operands are packed into tiles on the way; sums are fp32, rounded once.
 // A tile holds 16 rows of 16 words of two bf16 numbers that are neighbours in the summed dimension, which has any length:
 // zeros fill the last tile.
 
@@ -31,7 +31,9 @@ struct alignas(64) Shapes {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-inline __mmask16 first(int64_t count) { return count >= 16 ? 0xffff : static_cast<__mmask16>((1u << std::max<int64_t>(0, count)) - 1); }
+inline __mmask16 first(int64_t count) {
+  return count >= 16 ? 0xffff : static_cast<__mmask16>((1u << std::max<int64_t>(0, count)) - 1);
+}
 
 inline __m256i halved(__m512 values) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values)); }
 
