@@ -13,9 +13,9 @@ import torch
 from upcycle.kernels.cpu.expert_groups import CpuPass, Group
 from upcycle.kernels.cpu.fused_activations import hidden, hidden_and_gradient
 from upcycle.kernels.cpu.recycled_memory import recycled, recycled_like
-from upcycle.kernels.cpu.token_rows import TokenRows
 from upcycle.kernels.layout.dispatch import Dispatch
 from upcycle.kernels.layout.expert_weights import ExpertWeights, Gradients, UpPart
+from upcycle.kernels.layout.token_rows import TokenRows
 
 
 def forward(

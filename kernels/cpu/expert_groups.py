@@ -10,9 +10,9 @@ import torch
 from upcycle.kernels.cpu.combine import Combiner
 from upcycle.kernels.cpu.products import Products
 from upcycle.kernels.cpu.recycled_memory import recycled
-from upcycle.kernels.cpu.token_rows import TokenRows
 from upcycle.kernels.layout.dispatch import Dispatch
 from upcycle.kernels.layout.expert_weights import ExpertWeights
+from upcycle.kernels.layout.token_rows import TokenRows
 
 # A group ends after 256 rows. It has more of one large expert, or of narrow ones whose z stays within 2^20 elements: there
 # Python's own time per group outweighs what a fuller cache costs.

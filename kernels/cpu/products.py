@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 
 from upcycle.kernels.cpu.native.tile_products import tiled_linear, tiled_outer
-from upcycle.kernels.cpu.token_rows import TokenRows, parts_of
+from upcycle.kernels.layout.token_rows import TokenRows, parts_of
 
 PIECE = 2**17  # elements of a cast piece: half a megabyte in fp32
 LARGE = 2**20  # elements of a matrix that does not stay in the cache between two rows

@@ -5,16 +5,15 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
 from upcycle.kernels.cpu.native.compile import Function, function
-from upcycle.kernels.cpu.token_rows import TokenRows
 from upcycle.kernels.layout.plain_memory import is_plain
+from upcycle.kernels.layout.token_rows import TokenRows
 
-MOST = 2**21  # elements of a matrix: of larger ones, a product of oneDNN's takes longer than asking for it
+LARGEST_TILED = 2**21  # elements of a matrix: of larger ones, a product of oneDNN's takes longer than asking for it
 _ARGUMENTS = (ctypes.c_int, ctypes.c_int, ctypes.c_void_p, *[ctypes.c_int64] * 6, *[ctypes.c_int] * 3)
 
 
@@ -27,7 +26,6 @@ class _Side(NamedTuple):
     """Address, address of the index or 0, and number of rows of each."""
 
 
-@lru_cache
 def tile_products() -> Function | None:
     """``upcycle_tile_products`` of ``tile_products.cpp``; ``None`` where there are no tiles, or where it cannot be compiled."""
     if not torch.cpu._is_amx_tile_supported():
@@ -82,7 +80,7 @@ def tiled_outer(
 
 def _is_small(matrix: torch.Tensor) -> bool:
     """Whether there is a kernel for a matrix of weights or of their gradients."""
-    small = matrix.dtype == torch.bfloat16 and matrix.numel() <= MOST
+    small = matrix.dtype == torch.bfloat16 and matrix.numel() <= LARGEST_TILED
     return small and is_plain(matrix) and tile_products() is not None
 
 

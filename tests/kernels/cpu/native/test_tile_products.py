@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from upcycle.kernels.cpu.native.tile_products import MOST, tile_products, tiled_linear, tiled_outer
+from upcycle.kernels.cpu.native.tile_products import LARGEST_TILED, tile_products, tiled_linear, tiled_outer
 from upcycle.kernels.cpu.products import Products
-from upcycle.kernels.cpu.token_rows import TokenRows
+from upcycle.kernels.layout.token_rows import TokenRows
 
 pytestmark = pytest.mark.skipif(tile_products() is None, reason="this CPU has no tiles, or there is no compiler")
 FP32, BF16 = torch.finfo(torch.float32).eps, torch.finfo(torch.bfloat16).eps
@@ -107,8 +107,8 @@ def test_what_it_does_not_take() -> None:
     assert not tiled_linear([rows.double()], [weight], [out], add=False)
     assert not tiled_linear([rows.T.contiguous().T], [weight], [out], add=False)
     assert not tiled_linear([rows], [torch.randn(8, 12).bfloat16()[:, ::2].T[::1].T], [out], add=False)
-    wide = torch.empty(8, MOST // 8 + 1, dtype=torch.bfloat16)
-    assert not tiled_linear([rows], [wide], [torch.empty(4, MOST // 8 + 1)], add=False)
+    wide = torch.empty(8, LARGEST_TILED // 8 + 1, dtype=torch.bfloat16)
+    assert not tiled_linear([rows], [wide], [torch.empty(4, LARGEST_TILED // 8 + 1)], add=False)
     assert not tiled_outer([rows], [rows.double()], [torch.empty(8, 8, dtype=torch.bfloat16)])
 
 
