@@ -13,7 +13,7 @@ test: $(READY)          # every test that needs no download; the slowest ten are
 	$(BIN)/python -P -m pytest -n 2 --durations=10 --dist worksteal -m "not real and not long and not slow and not gpu and not browser"
 	TRITON_INTERPRET=1 $(BIN)/python -P -m pytest -n 2 --durations=10 -m "not slow" tests/kernels/gpu/triton_code
 
-long: $(READY)          # tests that take long, and one in forty of the cases that make test leaves out
+long: $(READY)          # tests that take long, and one in sixty of the cases that make test leaves out
 	$(BIN)/python -P -m pytest -n 2 --dist worksteal -m "long and not slow"
 
 lint: $(READY)

@@ -23,18 +23,18 @@ from upcycle.files.locate import DEMO_FOLDER
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Carry out ``one_in(count)``: of a test's cases the first, and then one in so many, are quick; of the others the first, and
-    then one in forty, are ``long``, and the rest is ``slow``.
+    """Carry out ``one_in(count)``: of a test's cases the first, and then one in so many, are quick; of the others, those of
+    all tests together, one in sixty is ``long``, and the rest is ``slow``.
     """
     cases: Counter[str] = Counter()
-    left: Counter[str] = Counter()
+    left = 0
     for item in items:
         marker = item.get_closest_marker("one_in")
         if marker is not None:
             test = item.nodeid.split("[")[0]
             if cases[test] % marker.args[0]:
-                item.add_marker(pytest.mark.slow if left[test] % 40 else pytest.mark.long)
-                left[test] += 1
+                item.add_marker(pytest.mark.slow if left % 60 else pytest.mark.long)
+                left += 1
             cases[test] += 1
 
 

@@ -118,7 +118,7 @@ def test_killed_at_some_changes_it_ends_the_same(work: Callable[[str], Job], tmp
     killed_everywhere(work("copies"), tmp_path, last=1, spread=2)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_calibrated_split_killed_at_some_changes_ends_the_same(work: Callable[[str], Job], tmp_path: Path) -> None:
     killed_everywhere(work("split"), tmp_path, last=5, spread=5)
 

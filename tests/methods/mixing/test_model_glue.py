@@ -81,7 +81,7 @@ def perplexity_of(folder: Path, text: Path) -> float:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("search", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.parametrize("search", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_clusters_are_merged_and_mixed(search: bool, zoo: Zoo, text: Path, tmp_path: Path) -> None:
     sources = zoo("abba")
     result = convert(tmp_path / "out", sources, text, parameters={"search": search}, **NO_CHECK)

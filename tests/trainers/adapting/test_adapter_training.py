@@ -129,7 +129,11 @@ def test_peft_computes_what_the_run_computed_and_a_merge_too(
 @pytest.mark.long
 @pytest.mark.parametrize(
     "settings",
-    [{"zero": {"stage": 0}}, {"zero": {"stage": 2}}, {"dtype": "bfloat16", "activation_checkpointing": True}],
+    [
+        {"zero": {"stage": 0}},
+        {"zero": {"stage": 2}},
+        pytest.param({"dtype": "bfloat16", "activation_checkpointing": True}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_continued_run_is_the_uninterrupted_one_bit_for_bit(
     settings: dict[str, Any], pico_moe: Model, tmp_path: Path
@@ -153,7 +157,7 @@ def test_a_continued_run_is_the_uninterrupted_one_bit_for_bit(
     assert one.state["adapter"] == two.state["adapter"]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_two_ranks_train_as_one(pico_moe: Model, tmp_path: Path) -> None:
     one = recipe_for(pico_moe("mixtral"), tmp_path / "one", stage={**LARGE, "learning_rate": 0.01}, adapter=EVERYTHING)
     run(one)

@@ -107,7 +107,7 @@ def test_a_continued_run_is_the_uninterrupted_one_bit_for_bit(converted: Callabl
     assert all(torch.equal(one.read(name), other.read(name)) for name in one.specs)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_passes_and_ranks_change_nothing_but_rounding(converted: Callable[..., Path], tmp_path: Path) -> None:
     moe = converted("bert")
     whole = recipe_for(moe, tmp_path / "whole", micro_batch=4, global_batch=4)

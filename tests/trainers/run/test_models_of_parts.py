@@ -102,7 +102,7 @@ def test_experts_of_other_parts_stay_and_losses_see_routers_of_the_text_model_al
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("zero", [0, 3, 2])
+@pytest.mark.parametrize("zero", [0, 3, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_continued_run_is_the_uninterrupted_one_bit_for_bit(zero: int, converted: Path, tmp_path: Path) -> None:
     whole = recipe_for(converted, tmp_path / "whole", zero={"stage": zero})
     run(whole)
