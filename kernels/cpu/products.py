@@ -62,17 +62,16 @@ class Products:
 
         Rows and outs are parts of one matrix each; weights are of one shape and have the same strides, whatever these are.
         """
+        if self._native and len(outs) and tiled_linear(rows, weights, outs, add):
+            return
+        rows = parts_of(rows)
         if self._same and not add:
-            rows = parts_of(rows)
             for left, right, out in zip(rows, weights, outs, strict=True):
                 if len(left) in FEW and right.numel() >= LARGE and right.shape[0] <= right.shape[1]:
                     out.copy_(torch.mm(right.T, left.T).T)
                 else:
                     torch.mm(left, right, out=out)
             return
-        if self._native and len(outs) and tiled_linear(rows, weights, outs, add):
-            return
-        rows = parts_of(rows)
         for left, right, out in zip(rows, weights, outs, strict=True):
             if self._same:
                 out.addmm_(left, right)

@@ -50,11 +50,15 @@ def test_what_is_stored_is_timed_where_it_is_multiplied(
     assert timed_dtype(wanted, config, device) == expected
 
 
-def test_bad_input(pico: Callable[[str], Path]) -> None:
+def test_bad_input(pico: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="there is no dtype 'bf16' to time"):
         upcycle.compare(str(pico("llama")), methods=["random_split"], dtype="bf16")
     with pytest.raises(UsageError, match="--dtype says what --speed computes in"):
         upcycle.evaluate(str(pico("llama")), dtype="bfloat16")
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    with pytest.raises(UsageError, match=r"model\.gguf is a file, which is read in float32"):
+        speed.measure_speed(str(pico("llama")), str(file), dtype="bfloat16")
 
 
 def test_both_models_of_a_pair_are_timed_in_the_same(

@@ -106,11 +106,14 @@ def measure_speed(
         progress: receives the progress.
 
     Raises:
-        UsageError: a model cannot be loaded, or its context is too short.
+        UsageError: a model cannot be loaded, its context is too short, or it is a file, and ``dtype`` is not fp32.
         EnvironmentFault: the models do not fit into memory together.
     """
     names = [model, *([reference] if reference else [])]
     computed = timed_dtype(dtype, _config(names), "cuda" if torch.cuda.is_available() else "cpu")
+    files = [name for name in names if not locate(name).path.is_dir()]
+    if files and computed != torch.float32:
+        raise UsageError(f"--dtype {dtype}: {files[0]} is a file, which is read in float32", hint="leave --dtype out")
     prompts = [_prompt(name, prompt, generate) for name in names]
     length = min(map(len, prompts))
     with progress.phase("loading models", len(names)), _workers(names) as workers:
