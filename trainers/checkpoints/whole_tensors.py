@@ -17,6 +17,7 @@ from upcycle.adapters.live import adapter_of
 from upcycle.registry import load
 from upcycle.trainers.distributed import expert_parallel
 from upcycle.trainers.distributed.gathering import gathered, shape_of
+from upcycle.trainers.optimizing.master_weights import stepped_on
 from upcycle.trainers.routing.router_control import NOISE_WEIGHT
 
 
@@ -78,6 +79,8 @@ class WholeTensors:
         for part, piece in zip(tensor.parts, self._pieces(tensor, value), strict=True):
             if _is_mapped(part):
                 safe_set_full_fp32_param(part, piece.to(part.device, torch.float32))
+            elif (master := stepped_on(part)) is not part:
+                master.copy_(piece)
 
     @torch.no_grad()
     def set_state(self, tensor: StockTensor, key: str, value: torch.Tensor) -> None:
@@ -88,7 +91,7 @@ class WholeTensors:
             if _is_mapped(part):
                 safe_set_full_optimizer_state(part, piece.to(part.device, torch.float32), key)
             else:
-                self.engine.optimizer.state[part][key].copy_(piece)
+                self.engine.optimizer.state[stepped_on(part)][key].copy_(piece)
 
     def create_states(self, steps: int) -> None:
         """Create the states that the optimizer would create at its first step, all zero, and set its step count to ``steps``."""
@@ -129,13 +132,13 @@ class WholeTensors:
             full: torch.Tensor = safe_get_full_fp32_param(part)
             return full.view(shape_of(part))
         with gathered(part):
-            return part.detach().clone()
+            return stepped_on(part).detach().clone()
 
     def _state(self, part: torch.Tensor, key: str) -> torch.Tensor:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         if not _is_mapped(part):
-            state: torch.Tensor | None = self.engine.optimizer.state[part].get(key)
+            state: torch.Tensor | None = self.engine.optimizer.state[stepped_on(part)].get(key)
             # No gradient ever reached it, as of routers whose experts always weigh 1, so that the optimizer never saw it.
             return torch.zeros_like(part, dtype=torch.float32) if state is None else state
         full: torch.Tensor = safe_get_full_optimizer_state(part, key)

@@ -104,12 +104,14 @@ def weight_bytes(division: Division) -> float:
 
 
 def optimizer_bytes(division: Division) -> float:
-    """``4 s Q`` of what trains, for s states per weight, plus ``4 Q`` for fp32 master weights; at stage 0 only ``4 s P``.
+    """``4 s Q`` of what trains, for s states per weight, plus ``4 Q`` for fp32 master weights; at stage 0 ``4 s P``, and with bfloat16
+    ``4 P`` for those.
 
     DeepSpeed keeps separate master weights from stage 1 on, in fp32 training, too.
     """
     if not division.zero_stage:
-        return _FULL * division.states * division.local(division.trained)
+        masters = int(division.item < _FULL)
+        return _FULL * (division.states + masters) * division.local(division.trained)
     return _FULL * (division.states + 1) * division.partition(division.trained)
 
 
@@ -117,6 +119,8 @@ def gradient_bytes(division: Division) -> float:
     """Gradients of what trains: ``4 P`` at stage 0; ``b P`` at stage 1, with bfloat16 also ``4 P`` for their sums over passes;
     ``4 Q`` from stage 2 on, where each rank keeps the sums of its own part.
     """
+    if not division.zero_stage:
+        return _FULL * division.local(division.trained)  # each 16-bit gradient is handed over and freed
     if division.zero_stage > 1:
         return _FULL * division.partition(division.trained)
     summed = _FULL if division.item < _FULL else 0

@@ -230,7 +230,7 @@ def _refusal(recipe: TrainRecipe, counts: ModelCounts, world: int) -> str:
 def _pairs(recipe: TrainRecipe, counts: ModelCounts, world: int) -> Iterator[tuple[int, int]]:
     """Every pair of a ZeRO stage and a number of ranks that share experts, that the trainer accepts."""
     for stage in range(4):
-        if stage == 0 and (recipe.dtype == "bfloat16" or recipe.zero.offload_optimizer):
+        if stage == 0 and ((recipe.dtype == "bfloat16" and world > 1) or recipe.zero.offload_optimizer):
             continue
         if stage != 3 and recipe.zero.offload_weights:
             continue

@@ -49,7 +49,7 @@ class ZeroRecipe(StrictSettings):
 
     stage: Literal["auto", 0, 1, 2, 3] = Field(
         "auto",
-        description="0 divides nothing, 1 optimizer states, 2 also gradients, 3 also weights (auto: 0 for one float32 rank, else 1)",
+        description="0 divides nothing, 1 optimizer states, 2 also gradients, 3 also weights (auto: 0 for one rank, else 1)",
     )
     offload_optimizer: bool = Field(False, description="keep optimizer states in the host's memory")
     offload_weights: bool = Field(False, description="stage 3: keep weights in the host's memory")
@@ -260,8 +260,6 @@ class TrainRecipe(StrictSettings):
             steps = stage.steps or math.ceil((stage.tokens or 1) / (self.global_batch * self.length))
             if schedule.warmup >= steps and schedule.warmup:
                 raise ValueError(f"stage '{stage.name}': warmup {schedule.warmup} must be less than its {steps} steps")
-        if self.dtype == "bfloat16" and self.zero.stage == 0:
-            raise ValueError("zero.stage 0 keeps no fp32 weights with bfloat16; use 1, 2 or 3")
         if self.zero.stage == 0 and self.expert_parallel > 1:
             raise ValueError("zero.stage 0 cannot divide experts among ranks; use 1, 2 or 3")
         if self.zero.offload_weights and self.zero.stage != 3:
@@ -271,10 +269,19 @@ class TrainRecipe(StrictSettings):
         return self
 
     def zero_stage(self, world_size: int) -> int:
-        """ZeRO's stage on ``world_size`` ranks."""
+        """ZeRO's stage on ``world_size`` ranks.
+
+        Raises:
+            UsageError: it is 0, and gradients of several ranks would be added up in bfloat16.
+        """
+        if self.zero.stage == 0 and self.dtype == "bfloat16" and world_size > 1:
+            raise UsageError(
+                f"zero.stage 0 would add up gradients of {world_size} ranks in bfloat16, which rounds them",
+                hint="set zero.stage to 1, 2 or 3, or leave it out",
+            )
         if self.zero.stage != "auto":
             return self.zero.stage
-        return 0 if world_size == 1 and self.dtype == "float32" and not self.zero.offload_optimizer else 1
+        return 0 if world_size == 1 and not self.zero.offload_optimizer else 1
 
     def data_of(self, stage: StageRecipe) -> DataRecipe:
         """What a stage trains on."""

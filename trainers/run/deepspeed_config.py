@@ -37,7 +37,7 @@ def deepspeed_config(recipe: TrainRecipe, model: Any, world_size: int) -> dict[s
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": _zero(recipe.zero, stage, model),
     }
-    if recipe.dtype == "bfloat16":
+    if recipe.dtype == "bfloat16" and stage:  # without ZeRO, the optimizer's weights are fp32 (master_weights.py)
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     if recipe.expert_parallel > 1:

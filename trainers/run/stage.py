@@ -38,6 +38,7 @@ from upcycle.trainers.distillation.parent import Parent
 from upcycle.trainers.distributed import expert_parallel
 from upcycle.trainers.distributed.ranks import Ranks, import_deepspeed
 from upcycle.trainers.forecast.flops import training_flops
+from upcycle.trainers.optimizing.master_weights import follow_masters, with_masters
 from upcycle.trainers.optimizing.optimizers import make_optimizer, state_keys
 from upcycle.trainers.optimizing.parameter_groups import frozen_parts, groups, select
 from upcycle.trainers.optimizing.router_rates import fitted_routers
@@ -304,7 +305,12 @@ class Stage:
         config = deepspeed_config(self.recipe, self.model, ranks.world_size)
 
         def optimizer(_: Any) -> torch.optim.Optimizer:
-            return make_optimizer(self.recipe.optimizer, groups(self.model, self.rates))
+            parts = groups(self.model, self.rates)
+            if self.recipe.zero_stage(ranks.world_size):  # ZeRO makes fp32 weights by itself
+                return make_optimizer(self.recipe.optimizer, parts)
+            made = make_optimizer(self.recipe.optimizer, with_masters(parts))
+            follow_masters(made, [weight for part in parts for weight in part["params"]])
+            return made
 
         # DeepSpeed prints while it starts, and stdout is for results.
         with redirect_stdout(io.StringIO()), expert_parallel.compatible_registry():

@@ -4,7 +4,9 @@ The model is SmolLM2-135M as a Mixtral of 4 copied experts, 2 per token, of the 
 three contenders do not fit into memory side by side). ``Trainer`` runs with ``experts_implementation`` ``eager`` and
 ``grouped_mm``; the better one counts (``batched_mm`` copies experts' weights for every token: 11 GB per layer of 512 tokens).
 All train every weight in fp32 with torch's fused AdamW, clipped at norm 1, on the same packed rows with the same position ids,
-without auxiliary losses; ours has ``keep_memory: true``, counts the experts' loads and logs every step; theirs logs nothing. Each
+without auxiliary losses; ours has ``keep_memory: true``, counts the experts' loads and logs every step; theirs logs nothing. With
+``--dtype bfloat16``, for CPUs that multiply it natively, weights and the optimizer stay fp32 and both compute in bfloat16: ours by
+its recipe's ``dtype``, ``Trainer`` by ``bf16=True``. Each
 contender is a process of its own with one thread; they take one step at a time in turns, and processor time is what is measured,
 so that it matters little what else runs. A step is the whole iteration, the next batch included; the table has medians.
 
@@ -66,6 +68,7 @@ def recipe(model: Path, work: Path, options: argparse.Namespace) -> dict[str, An
         "micro_batch": options.rows,
         "stages": {"steps": options.steps + 2, "learning_rate": 1e-5, "schedule": {"kind": "constant"}},
         "keep_memory": True,
+        "dtype": options.dtype,
         "saving": {"export": False},
     }
 
@@ -189,7 +192,7 @@ def theirs(told: dict[str, Any], experts: str, work: Path) -> None:
         optim="adamw_torch_fused",
         max_grad_norm=1.0,
         use_cpu=True,
-        bf16=False,
+        bf16=own.dtype == "bfloat16",
         logging_strategy="no",
         save_strategy="no",
         report_to=[],
@@ -265,6 +268,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=2, help="rows of a batch")
     parser.add_argument("--length", type=int, default=256, help="tokens of a row")
     parser.add_argument("--steps", type=int, default=5, help="steps of each that are timed")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="that both compute in")
     parser.add_argument("--against", nargs="+", choices=THEIRS, default=list(THEIRS))
     parser.add_argument(
         "--work", type=Path, help="keep the model and the results here: they are added to the next call's"
@@ -289,10 +293,10 @@ def compared(work: Path, options: argparse.Namespace) -> int:
     from measure import Row, mega, report
 
     converted(options.layers, work)
-    shared = [f"--{name}={getattr(options, name)}" for name in ("layers", "rows", "length", "steps", "work")]
+    shared = [f"--{name}={getattr(options, name)}" for name in ("layers", "rows", "length", "steps", "dtype", "work")]
     shared[-1] = f"--work={work}"
     workers = [Worker(name, shared) for name in ("upcycle", *options.against)]
-    kept = work / f"steps-{options.layers}-{options.rows}-{options.length}.json"
+    kept = work / f"steps-{options.layers}-{options.rows}-{options.length}-{options.dtype}.json"
     before = json.loads(kept.read_text()) if kept.exists() else {}
     measured(workers, options.steps)
     for worker in workers:
@@ -315,7 +319,7 @@ def compared(work: Path, options: argparse.Namespace) -> int:
     rest = median(1 - sum(step[part] for part in PARTS) / step["seconds"] for step in own.steps)
     rows += [Row(f"  {part}", f"{share:.1%}", "", "", "") for part, share in parts.items()]
     rows.append(Row("  the loop", f"{rest:.1%}", "", "", f"below {MOST_OVERHEAD:.0%}", rest < MOST_OVERHEAD))
-    title = f"{options.layers} layers, {options.rows} x {options.length} tokens, medians of {len(own.steps)} steps"
+    title = f"{options.layers} layers, {options.rows} x {options.length} tokens in {options.dtype}, medians of {len(own.steps)} steps"
     code = report(title, ("upcycle", "Trainer"), rows)
     command = [sys.executable, "-P", __file__, *shared, "--worker", "profile"]
     print("\none step of ours by operator:")

@@ -66,8 +66,9 @@ def test_states_weight_by_weight(stage: int, parallel: int, dtype: str) -> None:
         part = here / sharers
         small = here <= 100_000
         weights += item * (part + (here if small and sharers > 1 else 0) if stage == 3 else here)
-        gradients += 4 * part if stage >= 2 else here * (item if item == 4 else 2 + 4)
-        states += 8 * here if stage == 0 else 12 * part
+        # At stage 0, a 16-bit gradient becomes its fp32 weight's at once, which is kept beside; ZeRO keeps both.
+        gradients += 4 * part if stage >= 2 else here * (4 if stage == 0 or item == 4 else 2 + 4)
+        states += (8 if item == 4 else 12) * here if stage == 0 else 12 * part
     assert weight_bytes(own) == pytest.approx(weights)
     assert gradient_bytes(own) == pytest.approx(gradients)
     assert optimizer_bytes(own) == pytest.approx(states)

@@ -60,7 +60,6 @@ def test_presets_set_rate_and_schedule() -> None:
         ({"global_batch": 6, "micro_batch": 4}, "not a multiple of micro_batch 4"),
         ({"optimizer": {"name": "adamq"}}, "key 'optimizer.name'"),
         ({"zero": {"stage": 4}}, "key 'zero.stage'"),
-        ({"zero": {"stage": 0}, "dtype": "bfloat16"}, "zero.stage 0 keeps no fp32 weights"),
         ({"zero": {"stage": 0}, "expert_parallel": 2}, "zero.stage 0 cannot divide experts"),
         ({"zero": {"stage": 2, "offload_weights": True}}, "offload_weights needs zero.stage 3"),
         ({"zero": {"stages": 2}}, "unknown key 'zero.stages'"),

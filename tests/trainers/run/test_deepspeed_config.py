@@ -52,6 +52,14 @@ def test_settings_reach_zero_and_bfloat16_keeps_fp32_sums(stock: Callable[..., A
     assert config["data_types"]["grad_accum_dtype"] == "fp32"
 
 
+def test_without_zero_no_rank_sums_gradients_in_bfloat16(stock: Callable[..., Any]) -> None:
+    alone = recipe(dtype="bfloat16", zero={"stage": 0})
+    assert "bf16" not in deepspeed_config(alone, stock("mixtral"), 1)  # fp32 weights are the optimizer's
+    with pytest.raises(UsageError, match=r"zero.stage 0 would add up gradients of 2 ranks in bfloat16") as error:
+        deepspeed_config(alone, stock("mixtral"), 2)
+    assert error.value.hint == "set zero.stage to 1, 2 or 3, or leave it out"
+
+
 def test_experts_are_divided_by_the_preset_of_the_target(stock: Callable[..., Any]) -> None:
     config = deepspeed_config(recipe(expert_parallel=2), stock("qwen2_moe"), 4)
     assert config["expert_parallel"]["autoep_size"] == 2
@@ -62,7 +70,8 @@ def test_experts_are_divided_by_the_preset_of_the_target(stock: Callable[..., An
 
 def test_one_rank_divides_nothing_unless_it_must() -> None:
     assert [recipe().zero_stage(world) for world in (1, 2)] == [0, 1]
-    assert recipe(dtype="bfloat16").zero_stage(1) == 1
+    assert recipe(dtype="bfloat16").zero_stage(1) == 0
+    assert recipe(dtype="bfloat16").zero_stage(2) == 1
     assert recipe(zero={"offload_optimizer": True}).zero_stage(1) == 1
     assert [recipe(zero={"stage": 2}).zero_stage(world) for world in (1, 2)] == [2, 2]
 
