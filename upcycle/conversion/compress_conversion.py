@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from upcycle.architectures.stored_moe import MoeModel
     from upcycle.architectures.tensor_origin import Origin
     from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
+    from upcycle.ffn.reconstruction import BlockSchedule
     from upcycle.methods.compressing.described_cuts import Cut
     from upcycle.methods.compressing.layer_source import Matrices
     from upcycle.methods.compressing.observations import Observations
@@ -140,11 +141,6 @@ class CompressConversion(CompressJob, GrowthConversion):
                 from upcycle.calibration.compressing.round_ternary import round_ternary
 
                 return round_ternary(checkpoint, self.config, kept, dtype, windows, folder, progress)
-            training = None
-            if self.refit == "blocks":
-                from upcycle.ffn.reconstruction import BlockSchedule
-
-                training = BlockSchedule(**self.recipe.reconstruction.model_dump())
             pieces = self.grown.pieces if self.wraps else ()
             return refit_cuts(
                 checkpoint,
@@ -156,15 +152,37 @@ class CompressConversion(CompressJob, GrowthConversion):
                 progress,
                 pieces,
                 partial(self._blocks_of, checkpoint, folder),
-                training,
+                self._training(),
                 self.recipe.seed,
             )
         from upcycle.calibration.compressing.refit_dense import refit_dense
 
-        entries = [(unit.layer, entry) for unit in self.units for entry in unit.entries]
-        down = {layer: e.name for layer, e in entries if layer in cuts and self._part(e) == "down"}
-        pieces = self.grown.pieces
-        return refit_dense(checkpoint, self.config, pieces, [*cuts], down, dtype, windows, folder, progress)
+        names: dict[int, dict[str, str]] = {layer: {} for layer in cuts}
+        for entry in (entry for unit in self.units for entry in unit.entries):
+            if isinstance(entry.origin, DenseMatrix):
+                names[entry.origin.layer][entry.origin.part] = entry.name
+        pieces, training = self.grown.pieces, self._training()
+        return refit_dense(
+            checkpoint,
+            self.config,
+            pieces,
+            [*cuts],
+            names,
+            dtype,
+            windows,
+            folder,
+            progress,
+            training,
+            self.recipe.seed,
+        )
+
+    def _training(self) -> BlockSchedule | None:
+        """Return how layers are trained behind the closed form, if they are."""
+        if self.refit != "blocks":
+            return None
+        from upcycle.ffn.reconstruction import BlockSchedule
+
+        return BlockSchedule(**self.recipe.reconstruction.model_dump())
 
     @cached_property
     def _routers(self) -> frozenset[str]:

@@ -70,7 +70,7 @@ class CompressJob(GrowthJob):
 
     @property
     def refit(self) -> str:
-        """What is refitted: ``down``, ``blocks`` (all of the experts, and the router) or ``none``."""
+        """What is refitted: ``down``, ``blocks`` (all of the experts and the router, or of the FFN) or ``none``."""
         if not self.refits:
             return "none"
         return "blocks" if self.recipe.refit == "blocks" else "down"
@@ -189,8 +189,8 @@ def checked_compression(job: C) -> C:
     if recipe.observations is not None:
         Observations.about(user_path(recipe.observations))  # a file that is not there, or another one, is refused now
     made = job.compression
-    alike = not (made.dense or made.ternary or made.depth or made.mixes or made.factored or made.makes)
-    trains = alike and made.refits and not job.wraps  # every layer has the MoE's own experts
+    alike = not (made.ternary or made.depth or made.mixes or made.factored or made.makes)
+    trains = alike and made.refits and not job.wraps  # every layer has the MoE's own experts, or a dense model's FFN
     if recipe.refit == "scale" or (recipe.refit == "blocks" and not trains):
         raise UsageError(
             f"refit: {recipe.refit} is of splits, and {recipe.method} compresses a Mixture-of-Experts"

@@ -76,7 +76,32 @@ def test_verify_and_another_run_agree(pico_moe: Models, tmp_path: Path) -> None:
     assert upcycle.verify(tmp_path / "one", tokens=64) == results[0].verification
 
 
-@pytest.mark.parametrize("method", ["qmoe", "to_dense"])
+@pytest.mark.one_in(3)
+@pytest.mark.parametrize("name", ["mixtral", "dots1", "flex_olmo"])  # shared experts; a norm behind the FFN
+def test_the_ffns_of_a_dense_model_are_trained_towards_the_experts(name: str, pico_moe: Models, tmp_path: Path) -> None:
+    keys = {**KEYS, "method": "to_dense", "width": 48}
+    del keys["keep"]
+    for refit in ("down", "blocks"):
+        told = {**keys, "refit": refit, **({"reconstruction": QUICK} if refit == "blocks" else {})}
+        upcycle.convert(str(pico_moe(name)), tmp_path / refit, **told)
+    closed, trained = (load_file(tmp_path / refit / "model.safetensors") for refit in ("down", "blocks"))
+    assert set(closed) == set(trained)
+    changed = {key for key in closed if not torch.equal(closed[key], trained[key])}
+    assert changed
+    assert all(any(part in key for part in ("gate_proj", "up_proj", "down_proj")) for key in changed)
+    before, after = (
+        [*read_json(tmp_path / refit / "compression.json")["refit"].values()] for refit in ("down", "blocks")
+    )
+    assert all(new["steps"] > 0 for new in after)
+    gained = [old["missing_after"] - new["missing_after"] for old, new in zip(before, after, strict=True)]
+    assert next(gain for gain in gained if gain) > 0  # the first layer that differs has the same inputs in both
+    _, loading = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "blocks", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(loading.values()), loading
+
+
+@pytest.mark.parametrize("method", ["qmoe"])
 def test_what_has_no_experts_to_train_is_refused(method: str, pico_moe: Models) -> None:
     with pytest.raises(UsageError, match="refit: blocks") as caught:
         upcycle.plan(str(pico_moe("mixtral")), **{**KEYS, "method": method, "refit": "blocks"})

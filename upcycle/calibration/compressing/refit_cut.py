@@ -130,13 +130,19 @@ def refit_cuts(
         if training is not None:
             dtypes = {"router": _router_dtype(checkpoint, index, dtype)}
             fitted, found = _trained(uncut, cut, index, theirs, ours, training, seed, stored_as(index), dtypes)
-            reports[index] |= {"steps": found["steps"]}
-            if reports[index]["missing_after"] and found["before"]:
-                reports[index]["missing_after"] *= found["after"] / found["before"]
+            reports[index] = with_training(reports[index], found)
         write_fitted(folder, index, fitted)
 
     walk_both(uncut, cut, windows, refit, progress, "refitting experts")
     return reports
+
+
+def with_training(report: dict[str, float], trained: Mapping[str, float]) -> dict[str, float]:
+    """Return a layer's report with what :meth:`.train_cut.BlockTraining.fit` found behind the closed form."""
+    found = {**report, "steps": trained["steps"]}
+    if found["missing_after"] and trained["before"]:
+        found["missing_after"] *= trained["after"] / trained["before"]
+    return found
 
 
 def _trained(
@@ -151,13 +157,15 @@ def _trained(
     others: Mapping[str, torch.dtype],
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Train a loaded layer, and return its tensors as they are stored (``others``: those of another dtype), and the report."""
-    from upcycle.calibration.compressing.train_cut import BlockTraining
+    from upcycle.calibration.compressing.train_cut import BlockTraining, trained_parts
 
     def rounded(name: str, part: torch.Tensor) -> torch.Tensor:
         return part.to(others.get(name, stored))
 
-    layer = BlockTraining(uncut, cut, index, schedule, stream(seed, str(index), "training"))
-    report = layer.fit(theirs, ours, held_out_tokens(theirs), rounded)
+    place = cut.places[index]
+    rng = stream(seed, str(index), "training")
+    layer = BlockTraining(uncut, cut, index, place.block, trained_parts(place), schedule, rng)
+    report = layer.fit(theirs, ours, rounded)
     return {name: rounded(name, part.detach()).contiguous().clone() for name, part in layer.parts.items()}, report
 
 

@@ -2,7 +2,8 @@
 
 As in ``refit_cut.py``, with one FFN in the place of the experts: with e(x) what is missing of the MoE's stream
 behind a layer, and h(x) the activations of the FFN's neurons, the update D of its down projection minimises
-``sum_t ||e(x_t) - D h(x_t)||^2 + strength * ||D||^2``. Wide FFNs are fitted some neurons at a time.
+``sum_t ||e(x_t) - D h(x_t)||^2 + strength * ||D||^2``. Wide FFNs are fitted some neurons at a time. With a schedule, all of the FFN
+is trained behind that (``train_cut.py``).
 
 Before that, the first tokens prove that the dense architecture is the right one: given the MoE's stream, its layer must hand its FFN
 the same input as the MoE's layer hands its experts.
@@ -22,9 +23,10 @@ import torch
 from upcycle.architectures.module_paths import module_paths_of
 from upcycle.calibration.compressing.made_parts import held_out_tokens
 from upcycle.calibration.compressing.moe_walk import MoeWalk, Routed
-from upcycle.calibration.compressing.refit_cut import MOST_JOINT, write_fitted
+from upcycle.calibration.compressing.refit_cut import MOST_JOINT, with_training, write_fitted
 from upcycle.calibration.compressing.result_layers import ResultLayers
 from upcycle.errors import CheckpointError
+from upcycle.ffn.random_weights import stream
 from upcycle.ffn.refit import REFIT_STRENGTHS
 from upcycle.ffn.ridge_sums import RidgeSums
 from upcycle.methods.growing.base import Piece
@@ -33,6 +35,7 @@ from upcycle.progress import Progress
 
 if TYPE_CHECKING:
     from upcycle.checkpoints.moe_checkpoint import MoeCheckpoint
+    from upcycle.ffn.reconstruction import BlockSchedule
 
 # Both layers run the same operations in fp32; kernels may add in another order. A wrong window, multiplier or rotation changes the
 # input by a part of itself.
@@ -44,24 +47,28 @@ def refit_dense(
     config: Mapping[str, Any],
     pieces: Sequence[Piece],
     layers: Sequence[int],
-    down_names: Mapping[int, str],
+    names: Mapping[int, Mapping[str, str]],
     dtype: str,
     windows: torch.Tensor,
     folder: Path,
     progress: Progress,
+    training: BlockSchedule | None = None,
+    seed: int = 0,
 ) -> dict[int, dict[str, float]]:
-    """Refit every FFN that was made of experts, and write the new down projections.
+    """Refit every FFN that was made of experts, and write the new down projections, or all that was trained.
 
     Args:
         checkpoint: the MoE.
         config: the ``config.json`` of the dense model.
         pieces: its tensors.
         layers: those whose FFN was made of experts.
-        down_names: the names of these layers' down projections in the dense model.
+        names: the names of these layers' matrices in the dense model: ``gate``, ``up`` and ``down``.
         dtype: the dtype that it is written in, as a recipe means it.
         windows: the text, token ids ``[N, W]``.
         folder: where the files are written.
         progress: where to report.
+        training: how the FFNs are trained behind the closed form; None: they are not.
+        seed: of the training's order of tokens.
 
     Returns:
         For every layer the same numbers as :func:`.refit_cut.refit_cuts`.
@@ -79,13 +86,21 @@ def refit_dense(
         for index in range(len(whole.layers)):
             with whole.loaded(index), dense.loaded(index):
                 if index in layers:
-                    down: Any = dense.layers[index].get_submodule(made.inner(index, down_names[index]))
-                    fit = FfnFit(whole, dense, index, down)
+                    linear: dict[str, Any] = {
+                        part: dense.layers[index].get_submodule(made.inner(index, name))
+                        for part, name in names[index].items()
+                    }
+                    stored_as = {part: made.dtype_of(name) for part, name in names[index].items()}
+                    fit = FfnFit(whole, dense, index, linear["down"])
                     fit.compare_inputs(theirs, checkpoint.source.name)
                     target, reports[index] = fit.solve(theirs, ours)
-                    stored = down.weight.detach().to(made.dtype_of(down_names[index]))
-                    down.weight.data = stored.float()
-                    write_fitted(folder, index, {"down": stored.contiguous()})
+                    fitted = {"down": linear["down"].weight.detach().to(stored_as["down"])}
+                    linear["down"].weight.data = fitted["down"].float()
+                    if training is not None:
+                        parts = {part: module.weight for part, module in linear.items()}
+                        fitted, found = fit.train(parts, stored_as, theirs, ours, training, seed)
+                        reports[index] = with_training(reports[index], found)
+                    write_fitted(folder, index, {part: weight.contiguous() for part, weight in fitted.items()})
                     theirs = target
                 else:
                     for batch in whole.batches(len(windows)):
@@ -159,6 +174,26 @@ class FfnFit:
         scale = torch.cat(added)[judged].sum().item() or 1.0
         after = self._missing(ours, target, behind, judged)
         return target, {"missing_before": before / scale, "missing_after": after / scale, "strength": strength}
+
+    def train(
+        self,
+        parts: dict[str, torch.nn.Parameter],
+        stored_as: Mapping[str, torch.dtype],
+        theirs: torch.Tensor,
+        ours: torch.Tensor,
+        schedule: BlockSchedule,
+        seed: int,
+    ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """Train the FFN's matrices; return them as they are stored, and what was missing before and after."""
+        from upcycle.calibration.compressing.train_cut import BlockTraining
+
+        def rounded(part: str, weight: torch.Tensor) -> torch.Tensor:
+            return weight.to(stored_as[part])
+
+        rng = stream(seed, str(self._index), "training")
+        layer = BlockTraining(self._whole, self._dense, self._index, self._block, parts, schedule, rng)
+        report = layer.fit(theirs, ours, rounded)
+        return {part: rounded(part, weight.detach()).clone() for part, weight in layer.parts.items()}, report
 
     def _missing(
         self, ours: torch.Tensor, target: torch.Tensor, behind: torch.Tensor | None, judged: torch.Tensor

@@ -1,6 +1,6 @@
-"""Trains what is left of a compressed layer, alone in memory, towards the layer that it had: experts and router together.
+"""Trains what is left of a compressed layer, alone in memory, towards the layer that it had: experts and router together, or an FFN.
 
-It follows the closed-form refit of down projections (``refit_cut.py``), and has the same target. What that cannot
+It follows the closed-form refit of down projections (``refit_cut.py``, ``refit_dense.py``), and has the same target. What that cannot
 move learns by Adam: gate and up, and the router's rows, through the weights of the experts that they choose (distillation of a router
 after a cut; the choice itself has no gradient, and follows the rows). The stock class's own block computes, with its rule of
 routing. As in :mod:`upcycle.ffn.reconstruction`, held-out windows judge: a layer that is not better for them keeps what it had.
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from upcycle.calibration.compressing.made_parts import held_out_tokens
 from upcycle.calibration.compressing.moe_walk import MoeWalk, Routed
 from upcycle.ffn.reconstruction import BlockSchedule
 from upcycle.trainers.routing.stock_routers import RouterPlace
@@ -38,37 +39,43 @@ class BlockTraining:
         uncut: the walk of the uncut model, with the layer loaded.
         cut: that of the compressed one, likewise.
         index: the layer.
+        block: the compressed layer's experts with their router, or its FFN.
+        parts: its weights that train, by what they are: of experts those of :func:`trained_parts`.
         schedule: how long and how fast.
         rng: the order of the tokens.
     """
 
-    def __init__(self, uncut: MoeWalk, cut: MoeWalk, index: int, schedule: BlockSchedule, rng: torch.Generator) -> None:
+    def __init__(
+        self,
+        uncut: MoeWalk,
+        cut: MoeWalk,
+        index: int,
+        block: Any,
+        parts: dict[str, torch.nn.Parameter],
+        schedule: BlockSchedule,
+        rng: torch.Generator,
+    ) -> None:
         self._uncut, self._cut, self._index = uncut, cut, index
         self._schedule, self._rng = schedule, rng
-        self._block: Any = cut.places[index].block
-        self.parts = trained_parts(cut.places[index])
+        self._block, self.parts = block, parts
         for part in self.parts.values():
             part.data = part.data.clone()  # it may be a tensor of the uncut model's
 
     def fit(
-        self,
-        theirs: torch.Tensor,
-        ours: torch.Tensor,
-        held: torch.Tensor,
-        round_: Callable[[str, torch.Tensor], torch.Tensor],
+        self, theirs: torch.Tensor, ours: torch.Tensor, round_: Callable[[str, torch.Tensor], torch.Tensor]
     ) -> dict[str, float]:
         """Train the layer; where that does not help, it stays as it was.
 
         Args:
             theirs: the uncut model's stream before the layer, ``[N, W, d]``.
             ours: that of the compressed model.
-            held: which tokens judge, boolean ``[T]``.
             round_: rounds a part to what will be stored.
 
         Returns:
-            What is missing before and after, squared, on the tokens that judge, and the steps.
+            What is missing before and after, squared, on held-out tokens, which judge, and the steps.
         """
         x, target = self._inputs(theirs, ours)
+        held = held_out_tokens(theirs)
         judged = held if bool(held.any()) else torch.ones_like(held)
         before = self._missing(x[judged], target[judged])
         kept = {name: part.detach().clone() for name, part in self.parts.items()}
@@ -93,18 +100,17 @@ class BlockTraining:
 
         def see(_: Any, given: tuple[torch.Tensor, ...], made: Any) -> None:
             inputs.append(given[0])
-            outputs.append(_one(made))
+            outputs.append(_one(made).detach())
 
         handle = self._block.register_forward_hook(see)
         try:
             for batch in self._uncut.batches(len(theirs)):
                 whole: list[Routed] = []
-                mine: list[Routed] = []
                 wanted = self._uncut.run(self._index, theirs[batch], whole.append)
-                made = self._cut.run(self._index, ours[batch], mine.append)
+                made = self._cut.run(self._index, ours[batch])
                 error = (wanted - made) / self._uncut.multiplier
                 if self._uncut.norm_behind(self._index) is not None:
-                    error = whole[0].block - mine[0].block
+                    error = whole[0].block - outputs[-1].reshape(whole[0].block.shape)
                 missing.append(error.reshape(-1, error.shape[-1]))
         finally:
             handle.remove()
