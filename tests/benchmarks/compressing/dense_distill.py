@@ -65,6 +65,7 @@ WAYS = (
     Way("pruned by static pruning's score", WIDE, "neurons", rival=True),
     Way("pruned by magnitude", WIDE, "top_kg", rival=True),
     Way("the neurons that add most, refitted", WIDE, "neurons", "down"),
+    Way("fitted neurons, trained layer by layer", WIDE, "fitted", "blocks"),
     Way("top_kg, refitted", WIDE, "top_kg", "down"),
     Way("svd_kg, refitted", WIDE, "svd_kg", "down"),
     Way("demo model", WIDE, None),
@@ -195,15 +196,21 @@ def main() -> int:
 def page(made: str, options: argparse.Namespace, results: Sequence[Result]) -> str:
     """The page of the documentation."""
     rows, tokens, rates = verdicts(results), options.tokens, ", ".join(f"{rate:g}" for rate in options.rates)
+    at = (
+        f"Each is trained at every rate of {rates}, and the best run counts."
+        if "," in rates
+        else f"All are trained at a rate of {rates}."
+    )
     flags = "" if options.widths == [WIDE, NARROW] else f" --widths {' '.join(map(str, options.widths))}"
     flags += " --rivals" if options.rivals else ""
     flags += f" --gather {' '.join(options.gather)}" if options.gather else ""
+    flags += "" if options.rates == [3e-4, 1e-3] else f" --rates {rates.replace(',', '')}"
     met = sum(row.passed is True for row in rows)
     return f"""# A MoE back to dense
 
 Dense models made of a trained Mixture-of-Experts (`tests/benchmarks/compressing/small_moe.py`: 16 experts of {NARROW} neurons, 4 per
 token) and then trained on {tokens:,} tokens with the MoE as teacher, all on the same batches, with the losses of
-`configs/train/distill_dense.yaml`. Each is trained at every rate of {rates}, and the best run counts. Perplexity on other
+`configs/train/distill_dense.yaml`. {at} Perplexity on other
 documents: the geometric mean of the kinds that were trained on, and {FOREIGN}, which was not. Calibrated on {CALIBRATED:,} tokens.
 
 {made}

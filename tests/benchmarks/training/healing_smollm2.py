@@ -1,7 +1,9 @@
 """SmolLM2-135M split to 50% of its neurons as ``configs/convert/split_50.yaml`` says, in fewer experts, which train faster, and
 healed by its dense parent with the losses of ``configs/train/heal_distill.yaml``: how much of the gap between the split's loss and
-the dense model's is closed after how many tokens, and perplexity on held-out documents of every domain, dense, split, and healed.
-Every number of ``--tokens`` is a run of its own, with a schedule of that length. About 93 MB are downloaded once.
+the dense model's is closed after how many tokens, and perplexity on held-out documents of every domain, dense, split, and healed; and
+on news, a kind that no run sees, which tells what a run forgets. Every number of ``--tokens`` is a run of its own, with a schedule of
+that length; with every weight of ``--next-token``: 0, as shipped, learns from the parent alone, 1 as much from the text itself, too.
+About 93 MB are downloaded once.
 
 The model computes in bfloat16 where the CPU multiplies it natively (the optimizer keeps fp32 weights), and in fp32 elsewhere,
 which takes longer; ``--dtype`` overrules. The page says which it was.
@@ -14,10 +16,10 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-import time
+from itertools import product
 from math import exp
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[i] / "support") for i in (1, 2)]
@@ -25,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 import yaml
-from domains import DOMAINS, parted, texts
+from domains import DOMAINS, FOREIGN, parted, texts
 from healing import ROOT
 from smollm2 import dense_folder
 from training_curves import cosine, read_curve, validation_loss, write_domains, write_page
@@ -33,6 +35,7 @@ from training_curves import cosine, read_curve, validation_loss, write_domains, 
 import upcycle
 from upcycle.kernels.cpu.products import fast_natively
 from upcycle.recipe.conversion_recipe import read_recipe
+from upcycle.trainers.checkpoints.write import finished
 from upcycle.trainers.run.loop import train
 from upcycle.trainers.run.step_reports import read_log
 
@@ -52,13 +55,15 @@ def convert(source: Path, out: Path) -> Path:
     return out
 
 
-def recipe(model: Path, output: Path, data: dict[str, Any], tokens: int, rate: float, dtype: str) -> dict[str, Any]:
-    """As ``upcycle train`` takes it: the shipped recipe's losses; routers that were fitted are spared by themselves."""
-    shipped = yaml.safe_load((ROOT / "configs" / "train" / "heal_distill.yaml").read_text(encoding="utf-8"))["stages"][
-        0
-    ]
+def recipe(
+    model: Path, output: Path, data: dict[str, Any], tokens: int, rate: float, dtype: str, text: float = 0.0
+) -> dict[str, Any]:
+    """As ``upcycle train`` takes it: the shipped recipe's losses, and the text's own; fitted routers are spared by themselves."""
+    shipped = yaml.safe_load((ROOT / "configs" / "train" / "heal_distill.yaml").read_text(encoding="utf-8"))
+    first = shipped["stages"][0]
     steps = -(-tokens // (LENGTH * BATCH))
-    stage = cosine(steps, rate, losses=shipped["losses"], distillation=shipped["distillation"])
+    learned = {**first["distillation"], "next_token": text}
+    stage = cosine(steps, rate, losses=first["losses"], distillation=learned)
     return {
         "model": str(model),
         "output": str(output),
@@ -67,7 +72,6 @@ def recipe(model: Path, output: Path, data: dict[str, Any], tokens: int, rate: f
         "global_batch": BATCH,
         "micro_batch": BATCH,
         "dtype": dtype,
-        "zero": {"stage": 1 if dtype == "bfloat16" else 0},
         "keep_memory": True,
         "stages": [{"name": "heal", **stage}],
         "saving": {"every": max(25, steps // 4), "keep": 1, "export": False},
@@ -76,20 +80,16 @@ def recipe(model: Path, output: Path, data: dict[str, Any], tokens: int, rate: f
 
 
 def healed(told: dict[str, Any]) -> tuple[dict[int, dict[str, float]], float]:
-    """Losses of every domain by tokens trained on, and seconds for each token, validations included."""
+    """Losses of every domain by tokens trained on, and tokens a second of the median step."""
     run = Path(told["output"])
-    log = run / "log.jsonl"
-    before = max((line.get("tokens", 0) for line in read_log(log)), default=0) if log.exists() else 0
-    started = time.perf_counter()
     if train(told).stopped:
         sys.exit(f"stopped by a signal; --work {run.parent} continues, and only then is there a table")
-    seconds = time.perf_counter() - started
-    points = {tokens: dict(losses) for tokens, losses in sorted(read_curve(run).points.items())}
-    return points, seconds / max(1, max(points) - before)  # what was trained on before, another process was timed at
+    speed = median(line["tokens_per_second"] for line in read_log(run / "log.jsonl") if line["kind"] == "step")
+    return {tokens: dict(losses) for tokens, losses in sorted(read_curve(run).points.items())}, speed
 
 
-def table(dense: dict[str, float], points: dict[int, dict[str, float]]) -> list[str]:
-    """Perplexities at the end, and the curve."""
+def table(dense: dict[str, float], points: dict[int, dict[str, float]], unseen: list[float]) -> list[str]:
+    """Perplexities at the end, of news, too (``unseen``: dense, split, healed), and the curve."""
     split, end = points[0], points[max(points)]
 
     def closed(losses: dict[str, float], domain: str) -> float:
@@ -99,6 +99,8 @@ def table(dense: dict[str, float], points: dict[int, dict[str, float]]) -> list[
     for domain in DOMAINS:
         values = " | ".join(f"{exp(loss[domain]):.2f}" for loss in (dense, split, end))
         lines.append(f"| {domain} | {values} | {closed(end, domain):.0%} |")
+    share = (unseen[1] - unseen[2]) / (unseen[1] - unseen[0])
+    lines.append(f"| {FOREIGN} (no run sees it) | {' | '.join(f'{exp(loss):.2f}' for loss in unseen)} | {share:.0%} |")
     lines += ["", f"| tokens | {' | '.join(DOMAINS)} | mean |", "|---:|" + "---:|" * (len(DOMAINS) + 1)]
     for tokens, losses in points.items():
         shares = [closed(losses, domain) for domain in DOMAINS]
@@ -112,6 +114,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[200_000], help="of each run (default: 200,000)")
     parser.add_argument("--rate", type=float, default=4e-4, help="learning rate (default: 4e-4)")
+    parser.add_argument(
+        "--next-token", type=float, nargs="+", default=[0.0], help="weights of the text's own tokens (default: 0)"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="that the model computes in")
     parser.add_argument("--work", type=Path, help="keep the runs here, and continue them")
     parser.add_argument("--out", type=Path)
@@ -125,21 +130,30 @@ def main() -> None:
         f"Learning rate {options.rate:g}, rows of {LENGTH} tokens, {BATCH} of them in a step, computed in {dtype}. Perplexity on "
         f"{HELD_OUT:,} held-out tokens of each domain; the gap is that of the split's loss to the dense model's.",
     ]
-    for tokens in options.tokens:
-        told = recipe(split, work / f"run-{tokens}", data, tokens, options.rate, dtype)
-        points, seconds = healed(told)
+    foreign = write_domains(work / "foreign", {FOREIGN: parted(FOREIGN)})
+    unseen: dict[Path, float] = {}
+    for tokens, text in product(options.tokens, options.next_token):
+        run = work / (f"run-{tokens}" + (f"-text-{text:g}" if text else ""))
+        told = recipe(split, run, data, tokens, options.rate, dtype, text)
+        points, speed = healed(told)
+        elsewhere = {**told, "data": {**foreign, "validation": {"tokens": HELD_OUT}}}
+        models = source, split, finished(run)[-1]
+        for model in models:
+            if model not in unseen:
+                unseen[model] = validation_loss(model, elsewhere)[FOREIGN]
+        what = f", next tokens of the text with weight {text:g}" if text else ", the parent alone"
         lines += [
             "",
-            f"## {max(points):,} tokens",
+            f"## {max(points):,} tokens{what}",
             "",
-            f"{1 / seconds:,.0f} tokens a second, validations included.",
+            f"The median step trained {speed:,.0f} tokens a second.",
             "",
         ]
-        lines += table(dict(validation_loss(source, told)), points)
-    text = "\n".join(lines) + "\n"
-    print(text)
+        lines += table(dict(validation_loss(source, told)), points, [unseen[model] for model in models])
+    page = "\n".join(lines) + "\n"
+    print(page)
     if options.out:
-        write_page(options.out, "Healing SmolLM2-135M", "training/healing_smollm2.py", text)
+        write_page(options.out, "Healing SmolLM2-135M", "training/healing_smollm2.py", page)
 
 
 if __name__ == "__main__":
