@@ -41,12 +41,17 @@ def survivors(size: int, rate: float) -> int:
     return max(1, size - int(rate * size + 0.5))
 
 
-def without_dropped(logits: torch.Tensor, options: ControlParameters, layer: int, step: int) -> torch.Tensor:
-    """Logits ``[T, E]``, minus infinity for the experts that are dropped in a step; a function of layer and step alone."""
-    experts, period = logits.shape[1], step // options.cluster_steps
-    size = experts // options.clusters
+def dropped_experts(experts: int, options: ControlParameters, layer: int, step: int) -> torch.Tensor:
+    """Bool ``[E]``: which of a layer's experts no token may choose in a step; a function of layer and step alone."""
+    size, period = experts // options.clusters, step // options.cluster_steps
     gone = torch.zeros(experts, dtype=torch.bool)
     for cluster in range(options.clusters):
         order = permutation(size, "cluster dropout", period, layer, cluster)
         gone[cluster * size + torch.from_numpy(order[survivors(size, options.cluster_dropout) :])] = True
+    return gone
+
+
+def without_dropped(logits: torch.Tensor, options: ControlParameters, layer: int, step: int) -> torch.Tensor:
+    """Logits ``[T, E]``, minus infinity for the experts that are dropped in a step."""
+    gone = dropped_experts(logits.shape[1], options, layer, step)
     return logits.masked_fill(gone.to(logits.device), -torch.inf)

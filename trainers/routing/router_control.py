@@ -5,7 +5,7 @@ T tokens, D hidden, E experts, K top-k. An exported model has none of it: it rou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -19,7 +19,7 @@ from upcycle.trainers.data.keyed_random import random_words
 from upcycle.trainers.recipe.part_recipes import ControlParameters
 from upcycle.trainers.routing.capacity import within_capacity
 from upcycle.trainers.routing.choosing_experts import check_choosing, chosen_by_experts, keep_corrections
-from upcycle.trainers.routing.cluster_dropout import check_clusters, without_dropped
+from upcycle.trainers.routing.cluster_dropout import check_clusters, dropped_experts, without_dropped
 from upcycle.trainers.routing.dense_gradients import attach_dense_gradients, check_dense_gradients
 from upcycle.trainers.routing.expert_dropout import drop_inside
 from upcycle.trainers.routing.other_choices import check_choice, sampled_top_1, soft, temperature_of
@@ -166,6 +166,13 @@ class RouterControl:
             )
         ):
             self._handles.append(layer.router.register_forward_hook(self._hook(layer)))
+
+    def dropped(self, experts: Mapping[int, int]) -> dict[int, torch.Tensor]:
+        """Which experts cluster dropout leaves out of the present step, bool ``[E]``, of layers with so many; none without it."""
+        options = self.parameters
+        if not options.cluster_dropout:
+            return {}
+        return {layer: dropped_experts(count, options, layer, self.step) for layer, count in experts.items()}
 
     def detach(self) -> None:
         """Let every router decide alone again; learned noise weights stay where they are."""

@@ -37,18 +37,27 @@ class Alarms:
         self._losses: deque[float] = deque(maxlen=parameters.spike_window)
         self._spiking = False
 
-    def loads(self, step: int, counts: Mapping[int, torch.Tensor], top_k: int) -> list[Alarm]:
+    def loads(
+        self,
+        step: int,
+        counts: Mapping[int, torch.Tensor],
+        top_k: int,
+        dropped: Mapping[int, torch.Tensor] | None = None,
+    ) -> list[Alarm]:
         """Alarms about dead experts and collapsed routers after one step.
 
         Args:
             step: of the run.
             counts: how many tokens of all ranks chose each expert, ``[E]`` by layer.
             top_k: experts per token.
+            dropped: which experts no token might choose, bool ``[E]`` by layer. They are not alarmed about, nor was it the router
+                that left them out.
         """
         found = []
         for layer, count in counts.items():
-            found += self._dead(step, layer, count)
-            found += self._collapse(step, layer, count, top_k)
+            gone = (dropped or {}).get(layer, torch.zeros(len(count), dtype=torch.bool))
+            found += self._dead(step, layer, count, gone)
+            found += self._collapse(step, layer, count[~gone], top_k)
         return found
 
     def similarities(self, step: int, cosines: Mapping[int, float]) -> list[Alarm]:
@@ -101,10 +110,12 @@ class Alarms:
         self._same, self._spiking = set(state["same"]), state["spiking"]
         self._losses = deque(state["losses"], maxlen=self.parameters.spike_window)
 
-    def _dead(self, step: int, layer: int, count: torch.Tensor) -> list[Alarm]:
-        before = self._idle.get(layer, [0] * len(count))
-        self._idle[layer] = [0 if used else steps + 1 for steps, used in zip(before, (count > 0).tolist(), strict=True)]
-        dead = [expert for expert, steps in enumerate(self._idle[layer]) if steps == self.parameters.dead_steps]
+    def _dead(self, step: int, layer: int, count: torch.Tensor, gone: torch.Tensor) -> list[Alarm]:
+        before, out = self._idle.get(layer, [0] * len(count)), gone.tolist()
+        now = zip(before, (count > 0).tolist(), out, strict=True)
+        self._idle[layer] = [steps if absent else 0 if used else steps + 1 for steps, used, absent in now]
+        idle = zip(self._idle[layer], out, strict=True)
+        dead = [e for e, (steps, absent) in enumerate(idle) if steps == self.parameters.dead_steps and not absent]
         if not dead:
             return []
         text = f"layer {layer}: no token chose expert {', '.join(map(str, dead))} in {self.parameters.dead_steps} steps"

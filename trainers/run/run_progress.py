@@ -108,7 +108,8 @@ class RunProgress:
         self.reports.step(report, self.step % self.recipe.log.every == 0)
         # A loss that is not finite is handled by the policy on bad steps; among the others it would be no spike.
         found = self.alarms.loss(self.step, result.loss) if math.isfinite(result.loss) else []
-        self.raise_alarms(found + self.alarms.loads(self.step, result.counts, stage.top_k))
+        dropped = stage.stepper.control.dropped({layer: len(count) for layer, count in result.counts.items()})
+        self.raise_alarms(found + self.alarms.loads(self.step, result.counts, stage.top_k, dropped))
 
     def raise_alarms(self, alarms: Sequence[Alarm]) -> None:
         """Print alarms as warnings and record them."""

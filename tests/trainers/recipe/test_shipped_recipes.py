@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
-import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,41 +11,24 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from click.testing import CliRunner
+from named_conversions import converted, named_conversion
 from training_runs import run, steps, write_text
 
 import upcycle
 from upcycle.architectures.stock import load_stock_model
 from upcycle.checkpoints.checkpoint import DenseCheckpoint
-from upcycle.cli.main import cli
 from upcycle.ffn.blueprint import BlueprintFile
 from upcycle.models.experts import use_eager_experts
 from upcycle.recipe.shipped_recipes import shipped
 from upcycle.trainers.recipe.training_recipe import parse_train_recipe
 from upcycle.trainers.routing.stock_routers import moe_layers
+from upcycle.trainers.run.step_reports import read_log
 
 Pico = Callable[[str], Path]
 RECIPES = shipped("train")
 SMALL = {"length": 32, "global_batch": 4, "micro_batch": 2, "dtype": "float32", "zero": {}}
 D = 32  # of the pico models
 OF_IMAGES = {"cumo_visual", "llava_mod_sparse"}  # test_vision_language_recipes.py trains these
-
-
-def named_conversion(name: str) -> list[str] | None:
-    """The words of the command that a recipe's header says to convert by; ``None`` for a recipe that trains dense models."""
-    found = re.search(r"^# Convert first: upcycle (convert .*)$", RECIPES[name].read_text(), re.MULTILINE)
-    return shlex.split(found[1]) if found else None
-
-
-def converted(name: str, dense: Path, out: Path) -> Path:
-    """What a reader who types it gets."""
-    words = named_conversion(name)
-    assert words
-    verb, recipe, _, flag, _ = words
-    assert (verb, flag) == ("convert", "--source")
-    done = CliRunner().invoke(cli, ["convert", recipe, str(out), "--source", str(dense), "--no-verify", "-q"])
-    assert done.exit_code == 0, done.output
-    return out
 
 
 def trained(name: str, model: Path, folder: Path, **changes: Any) -> tuple[Any, Any, list[dict[str, Any]]]:
@@ -298,9 +279,12 @@ def unchanged(before: Path, after: Path, *but: str) -> bool:
 
 def test_moec_trains_clusters_of_which_half_drop_out(pico: Pico, tmp_path: Path) -> None:
     moe = converted("moec", pico("llama"), tmp_path / "moe")
-    _, _, lines = trained("moec", moe, tmp_path / "training")
+    quick = {"dead_steps": 1, "collapse_steps": 1}
+    recipe, _, lines = trained("moec", moe, tmp_path / "training", alarms=quick)
     assert all(line["loss/cluster_variance"] > 0 for line in lines)
     assert all(math.isfinite(line["loss"]) for line in lines)
+    # Routers did not collapse onto the half that is left, nor is the other half dead.
+    assert not [line for line in read_log(Path(recipe.output) / "log.jsonl") if line["kind"] == "alarm"]
 
 
 @pytest.mark.parametrize("name", ["mocle", "pesc"])

@@ -39,6 +39,21 @@ def test_router_collapse_is_alarmed_once() -> None:
     assert kinds == [[], [], [], ["router collapse"], []]
 
 
+def test_experts_that_were_left_out_on_purpose_are_neither_dead_nor_a_collapse() -> None:
+    gone = {2: torch.tensor([True, False, False, True])}
+    alarms = Alarms(AlarmParameters(dead_steps=2, collapse_steps=2))
+    assert [alarms.loads(step, counts(0, 9, 9, 0), 2, gone) for step in range(5)] == [[]] * 5
+    # What they had been idle before counts on when they are back.
+    alarms = Alarms(AlarmParameters(dead_steps=2, collapse_steps=99))
+    assert [alarms.loads(step, counts(0, 9, 9, 9), 2, told) for step, told in enumerate([{}, gone, gone])] == [[]] * 3
+    (alarm,) = alarms.loads(3, counts(0, 9, 9, 9), 2)
+    assert "expert 0 in 2 steps" in alarm.message
+    # Of those that are left, one has everything.
+    alarms = Alarms(AlarmParameters(dead_steps=99, collapse_steps=1))
+    (alarm,) = alarms.loads(0, counts(0, 9, 0, 0), 1, gone)
+    assert alarm.kind == "router collapse"
+
+
 @pytest.mark.parametrize(
     ("numbers", "top_k", "expected"), [((5, 5, 5, 5), 2, 1.0), ((9, 9, 0, 0), 2, 0.0), ((7, 0, 0, 0), 1, 0.0), ((3, 3), 2, 1.0)]
 )  # fmt: skip
