@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 
+from upcycle.architectures.clean_settings import CONFIG, clean_file
+from upcycle.architectures.stock import build_config
 from upcycle.files.locate import locate
 from upcycle.trainers.checkpoints.prepare_model import predicts_masked, tokenizer_of
 from upcycle.trainers.data.batches import open_stream
 from upcycle.trainers.data.data_check import check_data
+from upcycle.trainers.data.packed_attention import check_fits
 from upcycle.trainers.pictures.pictures import pictures_of
 from upcycle.trainers.recipe.training_recipe import TrainRecipe
 from upcycle.trainers.run.stage import check_objective
@@ -43,7 +46,7 @@ class ShownRow:
 
 
 def shown_rows(recipe: TrainRecipe, count: int, say: Callable[[str], None]) -> list[ShownRow]:
-    """The first ``count`` rows of a run's first stage. Its data are checked as the run checks them; no weights are read.
+    """The first ``count`` rows of a run's first stage. Its data and length are checked as the run checks them; no weights are read.
 
     Of a masked language model, the tokens that it predicts are learned, and shown as they are in the text; of preferences, both
     answers are.
@@ -54,10 +57,11 @@ def shown_rows(recipe: TrainRecipe, count: int, say: Callable[[str], None]) -> l
         say: called with what the check says.
 
     Raises:
-        UpcycleError: the data cannot be trained on, or the model has no tokenizer.
+        UpcycleError: the data cannot be trained on, rows are longer than the model's context, or it has no tokenizer.
     """
     origin = locate(recipe.model).path
     tokenizer, masks = tokenizer_of(origin), predicts_masked(origin)
+    check_fits(build_config(clean_file(origin / CONFIG), str(origin)), tokenizer, recipe.length)
     check_objective(recipe, recipe.stages[0], masks)
     data, key = recipe.data_of(recipe.stages[0]), recipe.data_key(recipe.stages[0])
     pictures = pictures_of(origin)

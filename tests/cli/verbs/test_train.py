@@ -16,6 +16,7 @@ from training_runs import recipe_for, write_text
 from upcycle.cli.main import cli, main
 from upcycle.cli.reference.json_page import JSON_KEYS
 from upcycle.cli.verbs.train import _without
+from upcycle.errors import UsageError
 
 
 @pytest.fixture
@@ -96,6 +97,13 @@ def test_rows_of_a_masked_language_model_are_shown(tmp_path: Path) -> None:
     assert shown.exit_code == 0, shown.output
     for row in json.loads(shown.stdout)["rows"]:
         assert 0 < row["learned"] < row["tokens"] / 4
+
+
+def test_rows_longer_than_the_models_context_are_not_shown(chats: list[str]) -> None:
+    """The run itself would refuse them, later."""
+    shown = CliRunner().invoke(cli, [*chats, "--set", "length=100000", "--set", "stages.0.tokens=1000000000", "-q"])
+    assert isinstance(shown.exception, UsageError)
+    assert "rows of 100000 tokens are longer than the model's context of" in str(shown.exception)
 
 
 @pytest.mark.parametrize("columns", ["60", "200"])
