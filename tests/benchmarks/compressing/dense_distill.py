@@ -61,7 +61,8 @@ class Way:
 
 
 WAYS = (
-    Way("ours: fitted neurons, refitted", WIDE, "fitted", "down"),
+    Way("ours: fitted neurons", WIDE, "fitted"),
+    Way("fitted neurons, refitted", WIDE, "fitted", "down"),
     Way("pruned by static pruning's score", WIDE, "neurons", rival=True),
     Way("pruned by magnitude", WIDE, "top_kg", rival=True),
     Way("the neurons that add most, refitted", WIDE, "neurons", "down"),
