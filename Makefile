@@ -57,7 +57,7 @@ serving: $(READY)       # llama.cpp, whose folder LLAMA_CPP names, beside transf
 
 training: $(READY)      # SmolLM2-135M healed for an hour, the demo model healed and grown; steps of training against Trainer
 	$(BIN)/python -P tests/benchmarks/training/healing.py --out docs/measured/healing_demo.md --plot docs/images/healing_demo.png
-	$(BIN)/python -P tests/benchmarks/training/growing.py --out docs/measured/growing_demo.md --plot docs/images/growing_demo.png
+	$(BIN)/python -P tests/benchmarks/training/growing.py --tokens 200000 --out docs/measured/growing_demo.md --plot docs/images/growing_demo.png
 	$(BIN)/python -P tests/benchmarks/training/healing_smollm2.py --out docs/measured/healing_smollm2.md
 	$(BIN)/python -P tests/benchmarks/training/train_speed.py
 	$(BIN)/python -P tests/benchmarks/training/masked_growing.py

@@ -110,8 +110,9 @@ def ahead(curves: Mapping[str, Sequence[Curve]]) -> str:
         if arm in curves:
             pairs = zip(curves["upcycled"], curves[arm], strict=True)
             by = [dense.losses()[-1][1] - own.losses()[-1][1] for own, dense in pairs]
+            word, least, most = ("ahead", min(by), max(by)) if fmean(by) >= 0 else ("behind", -max(by), -min(by))
             lines.append(
-                f"- At equal {what}, the upcycled model is ahead by {fmean(by):.3f} nats ({min(by):.3f} to {max(by):.3f})."
+                f"- At equal {what}, the upcycled model is {word} by {abs(fmean(by)):.3f} nats ({least:.3f} to {most:.3f})."
             )
     return "\n".join(lines) + "\n"
 

@@ -2,13 +2,14 @@
 healed by its dense parent with the losses of ``configs/train/heal_distill.yaml``: how much of the gap between the split's loss and
 the dense model's is closed after how many tokens, and perplexity on held-out documents of every domain, dense, split, and healed; and
 on news, a kind that no run sees, which tells what a run forgets. Every number of ``--tokens`` is a run of its own, with a schedule of
-that length; with every weight of ``--next-token``: 0, as shipped, learns from the parent alone, 1 as much from the text itself, too.
-About 93 MB are downloaded once.
+that length, that learns from the parent alone, as shipped; every number of ``--with-text`` one that learns as much from the text
+itself (``next_token: 1.0``). About 93 MB are downloaded once.
 
 The model computes in bfloat16 where the CPU multiplies it natively (the optimizer keeps fp32 weights), and in fp32 elsewhere,
 which takes longer; ``--dtype`` overrules. The page says which it was.
 
-    python -P tests/benchmarks/training/healing_smollm2.py --tokens 200000 1600000 --out docs/measured/healing_smollm2.md
+    python -P tests/benchmarks/training/healing_smollm2.py --tokens 200000 1600000 --with-text 200000 \
+        --out docs/measured/healing_smollm2.md
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from itertools import product
 from math import exp
 from pathlib import Path
 from statistics import fmean, median
@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[200_000], help="of each run (default: 200,000)")
     parser.add_argument("--rate", type=float, default=4e-4, help="learning rate (default: 4e-4)")
     parser.add_argument(
-        "--next-token", type=float, nargs="+", default=[0.0], help="weights of the text's own tokens (default: 0)"
+        "--with-text", type=int, nargs="*", default=[], help="likewise, of runs that learn the text, too"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="that the model computes in")
     parser.add_argument("--work", type=Path, help="keep the runs here, and continue them")
@@ -132,7 +132,8 @@ def main() -> None:
     ]
     foreign = write_domains(work / "foreign", {FOREIGN: parted(FOREIGN)})
     unseen: dict[Path, float] = {}
-    for tokens, text in product(options.tokens, options.next_token):
+    dense: dict[str, float] = {}
+    for tokens, text in [(each, 0.0) for each in options.tokens] + [(each, 1.0) for each in options.with_text]:
         run = work / (f"run-{tokens}" + (f"-text-{text:g}" if text else ""))
         told = recipe(split, run, data, tokens, options.rate, dtype, text)
         points, speed = healed(told)
@@ -141,7 +142,8 @@ def main() -> None:
         for model in models:
             if model not in unseen:
                 unseen[model] = validation_loss(model, elsewhere)[FOREIGN]
-        what = f", next tokens of the text with weight {text:g}" if text else ", the parent alone"
+        dense = dense or dict(validation_loss(source, told))  # on the same text in every run
+        what = ", from the parent and the text" if text else ", from the parent alone"
         lines += [
             "",
             f"## {max(points):,} tokens{what}",
@@ -149,7 +151,7 @@ def main() -> None:
             f"The median step trained {speed:,.0f} tokens a second.",
             "",
         ]
-        lines += table(dict(validation_loss(source, told)), points, [unseen[model] for model in models])
+        lines += table(dense, points, [unseen[model] for model in models])
     page = "\n".join(lines) + "\n"
     print(page)
     if options.out:
