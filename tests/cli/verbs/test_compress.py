@@ -206,9 +206,9 @@ def test_bad_input_is_refused_before_any_work(
         ("mixtral", ("--width", 64, "--param", "gather=all", *TEXT), "gather", "neurons"),
         (
             "mixtral",
-            ("--width", 64, "--refit", "blocks", *TEXT),
-            "refit: blocks trains experts",
-            "--refit down or none",
+            ("--width", 64, "--refit", "scale", *TEXT),
+            "refit: scale is of splits",
+            "--refit down, blocks or none",
         ),
         ("mixtral", ("--width", 64, "--experts", 2, *TEXT), "--experts", ""),
     ],
