@@ -88,8 +88,8 @@ def big_model(folder: Path) -> int:
 def test_calibration_under_a_cap_that_the_model_does_not_fit_into(tmp_path: Path) -> None:
     total = big_model(tmp_path / "dense")
     assert total > 1.2 * ROOM
-    # One arena, and large blocks given back: glibc would otherwise hold on to address space that nobody uses.
-    glibc = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
+    # One arena, and every tensor in a mapping of its own: tensors on the heap leave holes there whose size is chance, 20 to 50 MB.
+    glibc = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     environment = {**os.environ, **glibc, "OMP_NUM_THREADS": "1"}
     arguments = [str(tmp_path / "dense"), str(tmp_path / "out"), str(ROOM), str(total)]
     done = subprocess.run(
