@@ -1,7 +1,7 @@
 """What compressions of a trained MoE lose: on the kinds of text that were calibrated on, on one that was not, in writing.
 
 The model is ``small_moe.py``'s, or any MoE (``--model``). It is observed once; every method then cuts it to 75% and 50%, without a
-refit and with the closed-form refit of down projections; two of them also with experts and routers trained behind it. Calibrated on
+refit and with the closed-form refit of down projections; three of them also with experts and routers trained behind it. Calibrated on
 documentation, code and science; measured on other documents of these kinds, and on news, a kind that nothing was calibrated on.
 Same continuation: the share of tokens that are the same when both models go on from the same beginnings with greedy decoding, where
 one other token makes all that follow others. Same next token: the share that is the same when the cut model is given what the uncut
@@ -60,7 +60,7 @@ OF_EXPERTS = (
     "ream",
 )  # --keep is a part of them
 METHODS = (*OF_EXPERTS, "slim", "lower_top_k", "block_drop", "to_dense")
-TRAINED = ("reap", "naee")  # also with --refit blocks
+TRAINED = ("reap", "naee", "slim")  # also with --refit blocks
 RIVAL = ("reap", "none")
 
 
