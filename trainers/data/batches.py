@@ -61,6 +61,11 @@ class TokenStream:
         """How many rows all ranks together have taken."""
         return self._row
 
+    @property
+    def passes(self) -> dict[str, tuple[int, bool]]:
+        """How often each domain was read to its end, and whether a further pass was begun."""
+        return {name: (at.epoch, (at.block, at.row) != (0, 0)) for name, at in self._cursors.items()}
+
     def observe(self, losses: Mapping[str, float]) -> dict[str, float]:
         """Update dynamic weights from each domain's validation loss (:meth:`Mixture.observe`); all ranks must do it together."""
         return self._mixture.observe(losses)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -101,10 +101,14 @@ class Load:
     dead: int
 
 
-def loads(counts: dict[int, torch.Tensor]) -> list[Load]:
-    """Summarise how often experts were chosen (``[E]`` per layer) for a log line."""
+def loads(counts: Mapping[int, torch.Tensor], dropped: Mapping[int, torch.Tensor]) -> list[Load]:
+    """Summarise how often experts were chosen (``[E]`` per layer) for a log line.
+
+    ``dropped``: which experts no token might choose, bool ``[E]`` by layer. They are left out: the router did not spare them.
+    """
     found = []
     for layer, count in counts.items():
-        mean = count.float().mean().clamp(min=torch.finfo(torch.float32).tiny)
-        found.append(Load(layer, float(count.max() / mean), int((count == 0).sum())))
+        chosen = count[~dropped[layer]] if layer in dropped else count
+        mean = chosen.float().mean().clamp(min=torch.finfo(torch.float32).tiny)
+        found.append(Load(layer, float(chosen.max() / mean), int((chosen == 0).sum())))
     return found

@@ -296,6 +296,8 @@ class _Run:
                 self._validate(stage)
             if last or self.stop or progress.step % self.recipe.saving.every == 0:
                 self._save(index, stage, number + 1)
+            if last:
+                progress.report_passes(stage.stream.passes)
             if self.stop:
                 name = signal.Signals(received).name
                 self.say(f"stopped by {name}; step {progress.step} is saved; to continue, run the same command again")

@@ -88,6 +88,7 @@ class RunProgress:
         if self.reports is None:
             return
         speed = self.recipe.tokens_per_step / seconds
+        dropped = stage.stepper.control.dropped({layer: len(count) for layer, count in result.counts.items()})
         report = StepReport(
             step=self.step,
             steps=sum(map(self.recipe.steps_of, self.recipe.stages)),
@@ -101,14 +102,13 @@ class RunProgress:
             tokens_per_second=speed,
             utilisation=stage.flops.total * speed / (peak * self.world_size),
             memory=memory_in_use(device),
-            loads=loads(result.counts),
+            loads=loads(result.counts, dropped),
             dropped=result.dropped,
             experts=result.experts,
         )
         self.reports.step(report, self.step % self.recipe.log.every == 0)
         # A loss that is not finite is handled by the policy on bad steps; among the others it would be no spike.
         found = self.alarms.loss(self.step, result.loss) if math.isfinite(result.loss) else []
-        dropped = stage.stepper.control.dropped({layer: len(count) for layer, count in result.counts.items()})
         self.raise_alarms(found + self.alarms.loads(self.step, result.counts, stage.top_k, dropped))
 
     def raise_alarms(self, alarms: Sequence[Alarm]) -> None:
@@ -127,6 +127,12 @@ class RunProgress:
         self.validation = dict(losses)
         self.say(f"validation at step {self.step}  {_listed(losses)}")
         self._record_losses("validation", losses)
+
+    def report_passes(self, passes: Mapping[str, tuple[int, bool]]) -> None:
+        """Report how often each domain's text was read to its end, and whether a further pass was begun."""
+        self.say("data read  " + ", ".join(f"{name} {_times(*read)}" for name, read in passes.items()))
+        counted = {f"passes/{name}": whole for name, (whole, _) in passes.items()}
+        self._record({"kind": "passes", "step": self.step, "tokens": self.tokens, **counted})
 
     def warn(self, texts: Sequence[str]) -> None:
         """Print warnings and record them."""
@@ -153,3 +159,9 @@ class RunProgress:
 
 def _listed(losses: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {nats:.4f}" for name, nats in losses.items())
+
+
+def _times(whole: int, begun: bool) -> str:
+    """``in part``, ``once``, ``12 times and in part``, ``not at all``."""
+    often = ["once" if whole == 1 else f"{whole} times"] * (whole > 0)
+    return " and ".join([*often, *["in part"] * begun]) or "not at all"

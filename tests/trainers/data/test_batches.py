@@ -111,6 +111,26 @@ def test_validation_and_training_share_no_document(recipe: Callable[..., DataRec
     assert not trained.keys() & held_out.keys()
 
 
+def test_passes_count_how_often_every_document_was_read(
+    recipe: Callable[..., DataRecipe], tokenizer: Any, tmp_path: Path
+) -> None:
+    short = {
+        name: write(tmp_path / f"short-{name}.jsonl", name, size, words=2) for name, size in (("a", 90), ("b", 30))
+    }
+    stream = opened(recipe(domains=short), tokenizer, micro_batch=1)
+    assert stream.passes == {"a": (0, False), "b": (0, False)}
+    read, ends = {"a": Counter[str](), "b": Counter[str]()}, set()
+    while stream.passes["b"][0] < 2:
+        for text in documents(stream.next_batch(), tokenizer):
+            read[text[0]][text.replace("<|endoftext|>", "")] += 1  # without the end of the row
+        for name, (whole, begun) in stream.passes.items():
+            assert {*read[name].values()} <= ({whole, whole + 1} if begun else {whole})
+            if whole and not begun:
+                ends.add((name, whole, len(read[name])))
+    counts = {(name, whole): count for name, whole, count in ends}
+    assert 20 < counts["b", 1] == counts["b", 2] <= 30  # all but those held out
+
+
 def documents(batch: PackedBatch, tokenizer: Any) -> list[str]:
     """The fragments of a batch as text."""
     found = []

@@ -69,10 +69,13 @@ def test_balancing_spreads_a_skewed_router(stock: Any) -> None:
             steps.append(torch.stack([record.chosen.sum(0) for record in records]))
             own.observe(records)
             own.after_step()
-    assert [load.largest_over_mean for load in loads(dict(enumerate(steps[0])))] == [4.0, 4.0]  # two of eight have all
+    assert [load.largest_over_mean for load in loads(dict(enumerate(steps[0])), {})] == [
+        4.0,
+        4.0,
+    ]  # two of eight have all
     # 40 steps of 128 tokens: 1280 choices per expert, of which four standard errors are 11%.
     settled = torch.stack(steps[-40:]).sum(0)
-    assert max(load.largest_over_mean for load in loads(dict(enumerate(settled)))) < 1.11
+    assert max(load.largest_over_mean for load in loads(dict(enumerate(settled)), {})) < 1.11
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
 
 
@@ -122,6 +125,11 @@ def test_a_target_without_a_bias_is_refused(stock: Any) -> None:
 
 
 def test_loads_report_the_largest_share_and_dead_experts() -> None:
-    (first, second) = loads({3: torch.tensor([6, 0, 2, 0]), 5: torch.tensor([0, 0])})
+    (first, second) = loads({3: torch.tensor([6, 0, 2, 0]), 5: torch.tensor([0, 0])}, {})
     assert (first.layer, first.largest_over_mean, first.dead) == (3, 3.0, 2)
     assert (second.largest_over_mean, second.dead) == (0.0, 2)
+
+
+def test_experts_that_are_left_out_on_purpose_are_not_dead() -> None:
+    (load,) = loads({3: torch.tensor([6, 0, 2, 0])}, {3: torch.tensor([False, True, False, False])})
+    assert (load.largest_over_mean, load.dead) == (pytest.approx(6 / (8 / 3)), 1)

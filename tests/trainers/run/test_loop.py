@@ -52,6 +52,7 @@ def test_a_run_learns_logs_and_keeps_its_newest_checkpoints(pico_moe: Model, tmp
     assert sum(line.startswith("heal ") for line in said) == 6
     assert "dead 0" in next(line for line in said if line.startswith("heal 1/6"))
     assert set(result.validation) == {"cats"}
+    assert [line for line in said if line.startswith("data read  cats ")] == said[-1:]
 
 
 def test_a_run_from_python_with_keys_or_a_file(pico_moe: Model, tmp_path: Path) -> None:
