@@ -13,6 +13,7 @@ import torch
 from upcycle.kernels.cpu.expert_groups import CpuPass, Group
 from upcycle.kernels.cpu.fused_activations import hidden, hidden_and_gradient
 from upcycle.kernels.cpu.recycled_memory import recycled, recycled_like
+from upcycle.kernels.cpu.tiled_pass import tiled_pass
 from upcycle.kernels.layout.dispatch import Dispatch
 from upcycle.kernels.layout.expert_weights import ExpertWeights, Gradients, UpPart
 from upcycle.kernels.layout.token_rows import TokenRows
@@ -22,6 +23,8 @@ def forward(
     x: torch.Tensor, weights: ExpertWeights, dispatch: Dispatch, scores: torch.Tensor | None, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and z, group by group; see :class:`upcycle.kernels.layout.expert_weights.Backend`."""
+    if (found := tiled_pass(x, weights, dispatch, scores, keep)) is not None:
+        return found
     run = CpuPass(x, weights, dispatch)
     products = run.products
     kept = recycled(x, run.z_size if keep else 0)
