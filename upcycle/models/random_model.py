@@ -33,7 +33,7 @@ class WeightPool:
             filled = torch.ones(shape, dtype=dtype)
             if len(shape) > 1:
                 filled.normal_(0.0, _SPREAD, generator=self._rng)
-            self._made[key] = torch.nn.Parameter(filled, requires_grad=False)
+            self._made[key] = torch.nn.Parameter(filled)
         return self._made[key]
 
 
