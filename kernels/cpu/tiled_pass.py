@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 from array import array
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -15,19 +17,26 @@ from upcycle.kernels.layout.dispatch import Dispatch
 from upcycle.kernels.layout.expert_weights import ExpertWeights
 from upcycle.kernels.layout.plain_memory import is_plain
 
-_SIDE, _DEPTH = 16, 32  # rows of a tile, and numbers that it sums over
+SIDE, DEPTH = 16, 32  # rows of a tile, and numbers that it sums over
 _ARGUMENTS = (
     *[ctypes.c_int] * 2,
     *[ctypes.c_void_p, ctypes.c_int64] * 2,
     ctypes.c_int64,
     *[ctypes.c_void_p] * 2,
     ctypes.c_int64,
-    *[ctypes.c_int64, ctypes.c_int] * 2,
-    ctypes.c_void_p,
-    ctypes.c_int64,
+    *[ctypes.c_int] * 2,
     *[ctypes.c_void_p] * 2,
     ctypes.c_int,
 )
+
+
+class _Matrices(NamedTuple):
+    """Where a kernel finds matrices ``[outputs, inputs]``."""
+
+    stride: int
+    """Of the dimension that is not contiguous."""
+    turned: bool
+    """Whether inputs are contiguous."""
 
 
 def tile_pass() -> Function | None:
@@ -47,46 +56,72 @@ def tiled_pass(
     if x.dtype != torch.bfloat16 or weights.up_bias is not None or weights.down_bias is not None:
         return None
     code, index = FUSED_CODES.get(weights.activation), dispatch.row_token
-    widest = weights.rows_per_neuron * max(weights.all_widths, default=0)
-    if code is None or widest * weights.hidden > LARGEST_TILED or index.dtype != torch.int32:
+    widest = max(weights.all_widths, default=0)
+    if code is None or weights.rows_per_neuron * widest * weights.hidden > LARGEST_TILED or index.dtype != torch.int32:
         return None
-    if x.stride(-1) != 1 or not is_plain(x, weights.up, weights.down, scores, index) or (run := tile_pass()) is None:
+    up, down = _layout(weights)
+    if up is None or down is None or x.stride(-1) != 1 or not is_plain(x, weights.up, weights.down, scores, index):
+        return None
+    if (run := tile_pass()) is None:
         return None
     offsets: list[int] = dispatch.offsets.tolist()
-    busy = [expert for expert in range(weights.num_experts) if offsets[expert + 1] > offsets[expert]]
+    total = offsets[-1]
+    elements = sum((last - first) * width for first, last, width in zip(offsets, offsets[1:], weights.all_widths))
+    kept = recycled(x, weights.rows_per_neuron * elements if keep else 0)
+    padded = -(-widest // DEPTH) * DEPTH
+    h = recycled(x, (total + SIDE * weights.num_experts) * padded)
+    experts = array("q")
+    for numbers in _experts(weights, offsets, up, down, h.data_ptr(), kept.data_ptr() if keep else 0):
+        experts.extend(numbers)
     out = recycled(x, dispatch.tokens, weights.hidden)
-    if not busy:
-        return out.zero_(), x.new_empty(0)
-    gates = weights.matrices("gate", busy) if weights.gated else []
-    ups, downs = weights.matrices("up", busy), weights.matrices("down", busy)
-    strides = [_stride(matrices[0]) for matrices in (ups, downs)]
-    if None in strides:
-        return None
-    (up_stride, up_turned), (down_stride, down_turned) = (stride for stride in strides if stride)
-    rows = [offsets[expert + 1] - offsets[expert] for expert in busy]
-    widths = [weights.width(expert) for expert in busy]
-    columns = [weights.rows_per_neuron * width for width in widths]
-    kept = recycled(x, sum(map(int.__mul__, rows, columns)) if keep else 0)
-    experts, z = array("q"), kept.data_ptr()
-    for number, expert in enumerate(busy):
-        gate = gates[number].data_ptr() if gates else 0
-        at = (gate, ups[number].data_ptr(), downs[number].data_ptr())
-        experts.extend((*at, offsets[expert], rows[number], widths[number], z if keep else 0))
-        z += x.itemsize * rows[number] * columns[number]
-    total, h_columns = offsets[-1], -(-max(widths) // _DEPTH) * _DEPTH
-    row_scores = None if scores is None else scores.float().index_select(0, dispatch.row_slot[:total])
-    h = recycled(x, total + _SIDE, h_columns)
-    sums = torch.empty(dispatch.tokens, weights.hidden)
+    sums = recycled(x.new_empty(0, dtype=torch.float32), dispatch.tokens, weights.hidden)
+    row_scores = None if scores is None else scores.index_select(0, dispatch.row_slot[:total])
     refused = run(
-        code, weights.gated, experts.buffer_info()[0], len(busy), x.data_ptr(), x.stride(0), weights.hidden, index.data_ptr(),
-        None if row_scores is None else row_scores.data_ptr(), dispatch.tokens, up_stride, up_turned, down_stride, down_turned,
-        h.data_ptr(), h_columns, sums.data_ptr(), out.data_ptr(), torch.get_num_threads(),
+        code, weights.gated, experts.buffer_info()[0], len(experts) // 10, x.data_ptr(), x.stride(0), weights.hidden,
+        index.data_ptr(), None if row_scores is None else row_scores.data_ptr(), dispatch.tokens, up.turned, down.turned,
+        sums.data_ptr(), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return None if refused else (out, kept)
 
 
-def _stride(matrix: torch.Tensor) -> tuple[int, bool] | None:
-    """The stride of ``[outputs, inputs]`` that is not 1, and whether it is that of outputs; ``None`` where none is 1."""
-    outputs, inputs = matrix.stride()
-    return (outputs, True) if inputs == 1 else (inputs, False) if outputs == 1 else None
+def _layout(weights: ExpertWeights) -> tuple[_Matrices | None, _Matrices | None]:
+    """How an expert's gate and up ``[I, H]`` lie, and its down ``[H, I]``; ``None`` where neither dimension is contiguous."""
+    rows, inputs = weights.up.stride()[-2:]
+    neurons, outputs = weights.down.stride()[-2:]  # of [I, H], as packed and transposed experts have it
+    if weights.transposed:
+        rows, inputs = inputs, rows
+    elif not weights.packed:
+        neurons, outputs = outputs, neurons
+    return _matrices(rows * (2 if weights.gated and weights.interleaved else 1), inputs), _matrices(outputs, neurons)
 
+
+def _matrices(outputs: int, inputs: int) -> _Matrices | None:
+    return _Matrices(outputs, True) if inputs == 1 else _Matrices(inputs, False) if outputs == 1 else None
+
+
+def _experts(
+    weights: ExpertWeights, offsets: list[int], up: _Matrices, down: _Matrices, h: int, z: int
+) -> Iterator[tuple[int, ...]]:
+    """``struct Expert`` of ``tile_experts.hpp`` for all that have rows: addresses, strides and sizes.
+
+    Asking a tensor for views takes longer than small products do, and they are asked for at every pass.
+    """
+    size, per_neuron = weights.up.itemsize, weights.rows_per_neuron
+    starts, rows = weights.starts, weights.up.stride(-1 if weights.transposed else -2)
+    first_up, first_down = weights.up.data_ptr(), weights.down.data_ptr()
+    for expert, width in enumerate(weights.all_widths):
+        count = offsets[expert + 1] - offsets[expert]
+        if not count:
+            continue
+        if weights.packed:
+            up_at, down_at = per_neuron * starts[expert] * rows, starts[expert] * weights.down.stride(0)
+        else:
+            up_at, down_at = expert * weights.up.stride(0), expert * weights.down.stride(0)
+        gate = first_up + size * up_at if weights.gated else 0
+        between = 0 if not weights.gated else rows if weights.interleaved else width * rows
+        yield (
+            gate, first_up + size * (up_at + between), first_down + size * down_at,
+            up.stride, down.stride, offsets[expert], count, width, h, z,
+        )  # fmt: skip
+        h += size * (count + SIDE) * -(-width // DEPTH) * DEPTH
+        z += size * count * per_neuron * width if z else 0

@@ -15,7 +15,7 @@ REMEMBERED = {
     "upcycle.kernels.cpu.recycled_memory:RECYCLER": "memory of ended tensors, up to 512 MB",
     "upcycle.kernels.entry.choose_backend:_chosen": "which path a device and dtype take, logged when first asked",
     "upcycle.kernels.entry.choose_backend:_module": "the module of a path",
-    "upcycle.kernels.entry.few_tokens_block:_looked_at": "addresses of blocks' weights, while the blocks live",
+    "upcycle.kernels.entry.whole_block:_looked_at": "addresses of blocks' weights, while the blocks live",
     "upcycle.kernels.entry.transformers_blocks:_whole_class": "classes of blocks that run as a whole",
     "upcycle.kernels.entry.transformers_experts:_activations": "transformers' classes of our activations",
     "upcycle.kernels.entry.transformers_experts:_known": "layouts of modules whose weights were checked, while they live",

@@ -1,7 +1,7 @@
 """Runs whole sparse blocks of stock transformers models on these kernels: router, experts, shared expert and their sum.
 
-A few tokens without gradients on a CPU, as when text is generated, are one call of compiled code: there, the many small operations
-of a block take longer than the products that a sparse model saves. Everything else is the block's own code, with its experts
+A few tokens without gradients on a CPU, as when text is generated, are one call of compiled code, and so are many in bf16 on one with
+tiles (AMX): there, the many small operations of a block take longer than the products that a sparse model saves. Everything else is the block's own code, with its experts
 on the kernels (:mod:`upcycle.kernels.entry.transformers_experts`).
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from upcycle.kernels.entry.choose_backend import LEAN, NAME
-from upcycle.kernels.entry.few_tokens_block import few_tokens_output
+from upcycle.kernels.entry.whole_block import whole_block_output
 from upcycle.kernels.entry.stock_blocks import why_not_whole
 from upcycle.kernels.entry.transformers_experts import register_kernels, why_not_experts
 from upcycle.kernels.layout.plain_memory import is_subclass
@@ -72,7 +72,7 @@ class WholeBlock:
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """``[B, T, H]`` like ``hidden_states``."""
-        made = None if torch.compiler.is_compiling() else few_tokens_output(self, hidden_states)
+        made = None if torch.compiler.is_compiling() else whole_block_output(self, hidden_states)
         if made is None:
             made = super().forward(hidden_states)  # type: ignore[misc]
         return made

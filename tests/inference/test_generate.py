@@ -16,7 +16,7 @@ from upcycle.architectures.stock import load_tokenizer
 from upcycle.errors import UsageError
 from upcycle.files.locate import DEMO_FOLDER
 from upcycle.inference.generate import Pieces, Writer
-from upcycle.kernels.entry import few_tokens_block
+from upcycle.kernels.entry import whole_block
 
 Pico = Callable[[str], Path]
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
@@ -66,13 +66,13 @@ def test_blocks_run_on_kernels_as_a_whole_and_give_stock_logits(
 ) -> None:
     """A written token takes one compiled call per block, but where routers are watched: there, the block's own code runs."""
     folder, calls = pico_moe("qwen2_moe"), []
-    compiled = few_tokens_block.few_blocks_output
+    compiled = whole_block.few_blocks_output
 
     def counted(*arguments: Any) -> Any:
         calls.append(1)
         return compiled(*arguments)
 
-    monkeypatch.setattr(few_tokens_block, "few_blocks_output", counted)
+    monkeypatch.setattr(whole_block, "few_blocks_output", counted)
     writer = Writer(str(folder), experts=shown)
     assert writer.kernels == "upcycle, whole blocks"
     ids = writer.encode(PROMPT)

@@ -28,14 +28,14 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The inputs that the compiled kernel for whole blocks was given."""
-    from upcycle.kernels.entry import few_tokens_block
+    from upcycle.kernels.entry import whole_block
 
     made: list[Any] = []
-    kernel = few_tokens_block.few_blocks_output
+    kernel = whole_block.few_blocks_output
 
     def note(*arguments: Any) -> Any:
         made.append(arguments[2])
         return kernel(*arguments)
 
-    monkeypatch.setattr(few_tokens_block, "few_blocks_output", note)
+    monkeypatch.setattr(whole_block, "few_blocks_output", note)
     return made

@@ -1,29 +1,10 @@
 // A few tokens through a whole sparse block on a CPU: router, softmax, the K best experts, and a shared expert, in one call.
 // T tokens, K experts per token, E experts, H hidden, I width.
 
-#include <utility>
-
+#include "routing.hpp"
 #include "rows.hpp"
 
 namespace {
-
-// As BlockStructure of few_blocks.py.
-struct Block {
-  const void *router;                                 // [E, H]
-  const void *up, *down;                              // [E, 2I, H], gate rows first, and [E, H, I]
-  const void *shared_gate, *shared_up, *shared_down;  // [I', H] twice and [H, I'], or null
-  const void *shared_switch;                          // [1, H]: its sigmoid multiplies the shared expert's output; null: 1
-  int64_t hidden, num_experts, top_k, width, shared_width;
-  int64_t kind, activation, normalized, rounded;
-};
-
-inline float rounded(float value, const float*) { return value; }
-
-inline float rounded(float value, const bfloat16*) {
-  bfloat16 stored;
-  store(value, &stored);
-  return widened(stored);
-}
 
 // out[n][r] = matrix[r] . inputs[n], for n tokens
 template <class Weight>
@@ -38,28 +19,6 @@ void products(const Weight* matrix, int64_t rows, int64_t hidden, const float* i
     }
 }
 
-void softmax(float* values, int64_t count) {
-  const float most = *std::max_element(values, values + count);  // a NaN anywhere makes the sum one
-  float sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += values[i] = std::exp(values[i] - most);
-  for (int64_t i = 0; i < count; ++i) values[i] /= sum;
-}
-
-// The best `count` of all, best first. These are the calls by which torch.topk finds them on a CPU (TopKImpl.h), so that ties, which
-// these algorithms resolve as it happens, fall the same way. A NaN is above everything.
-void sort_best(std::vector<std::pair<float, int64_t>>& all, int64_t count) {
-  using Element = std::pair<float, int64_t>;
-  const auto above = [](const Element& x, const Element& y) {
-    return (std::isnan(x.first) && !std::isnan(y.first)) || x.first > y.first;
-  };
-  if (count * 64 <= static_cast<int64_t>(all.size())) {
-    std::partial_sort(all.begin(), all.begin() + count, all.end(), above);
-  } else {
-    std::nth_element(all.begin(), all.begin() + count - 1, all.end(), above);
-    std::sort(all.begin(), all.begin() + count - 1, above);
-  }
-}
-
 // Ids and scores of every token: its K experts, then the shared expert, whose id is E, if there is one.
 template <class Weight>
 void route(const Block& layer, const float* inputs, int64_t tokens, int64_t* ids, float* scores) {
@@ -68,25 +27,10 @@ void route(const Block& layer, const float* inputs, int64_t tokens, int64_t* ids
   products(static_cast<const Weight*>(layer.router), count, layer.hidden, inputs, tokens, logits.data());
   if (layer.shared_switch)
     products(static_cast<const Weight*>(layer.shared_switch), 1, layer.hidden, inputs, tokens, switches.data());
-  std::vector<std::pair<float, int64_t>> all(count);
-  for (int64_t token = 0; token < tokens; ++token) {
-    float* values = logits.data() + token * count;
-    for (int64_t i = 0; i < count; ++i) values[i] = rounded(values[i], static_cast<const Weight*>(nullptr));
-    softmax(values, count);
-    for (int64_t i = 0; i < count; ++i) all[i] = {values[i], i};
-    sort_best(all, top_k);
-    float sum = 0;
-    for (int64_t k = 0; k < top_k; ++k) sum += all[k].first;
-    for (int64_t k = 0; k < top_k; ++k) {
-      const float score = layer.normalized ? all[k].first / sum : all[k].first;
-      *ids++ = all[k].second;
-      *scores++ = layer.rounded ? rounded(score, static_cast<const Weight*>(nullptr)) : score;
-    }
-    if (layer.shared_up) {
-      *ids++ = count;
-      *scores++ = layer.shared_switch ? 1 / (1 + std::exp(-switches[token])) : 1;
-    }
-  }
+  std::vector<std::pair<float, int64_t>> all;
+  const int64_t slots = top_k + (layer.shared_up ? 1 : 0);
+  for (int64_t token = 0; token < tokens; ++token)
+    choose<Weight>(layer, logits.data() + token * count, switches[token], all, ids + token * slots, scores + token * slots);
 }
 
 template <class Weight>

@@ -26,10 +26,6 @@ constexpr int64_t WORTH_A_THREAD = 1 << 16;  // products: fewer are not worth wa
 using Words = uint32_t __attribute__((vector_size(4 * LANES)));
 using Halves = uint16_t __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
-struct bfloat16 {
-  uint16_t bits;
-};
-
 inline Floats lanes(const float* at) { return *reinterpret_cast<const Unaligned*>(at); }
 
 inline Floats lanes(const bfloat16* at) {
@@ -48,23 +44,6 @@ inline Floats fused(Floats a, Floats b, Floats c) {
 #else
   return a * b + c;
 #endif
-}
-
-inline float widened(float value) { return value; }
-
-inline float widened(bfloat16 value) {
-  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-  float made;
-  std::memcpy(&made, &bits, sizeof made);
-  return made;
-}
-
-inline void store(float value, float* at) { *at = value; }
-
-inline void store(float value, bfloat16* at) {  // to nearest, ties to even; a NaN stays one
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  at->bits = std::isnan(value) ? 0x7FC0 : static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
 // The first `count` lanes from there, and zeros: what is past the end is not read.

@@ -156,6 +156,68 @@ inline void sum_four(const void* a0, const void* a1, int64_t step, int64_t strid
   }
 }
 
+// fp32 results, written or added to what is there; or bf16 ones.
+struct FloatRows {
+  float* at;
+  int64_t stride;
+  bool add;
+
+  void write(int64_t row, int64_t column, __m512 values, __mmask16 mask) const {
+    float* to = at + row * stride + column;
+    if (add) values = _mm512_add_ps(values, _mm512_maskz_loadu_ps(mask, to));
+    _mm512_mask_storeu_ps(to, mask, values);
+  }
+};
+
+struct HalfRows {
+  uint16_t* at;
+  int64_t stride;
+
+  void write(int64_t row, int64_t column, __m512 values, __mmask16 mask) const {
+    _mm256_mask_storeu_epi16(at + row * stride + column, mask, halved(values));
+  }
+};
+
+template <class Out>
+inline void put(const Out& out, const Sums& sums, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+  const __mmask16 mask = first(columns - column);
+  const int64_t count = std::min<int64_t>(SIDE, rows - row);
+  for (int64_t i = 0; i < count; ++i) out.write(row + i, column, _mm512_load_ps(sums.at[i]), mask);
+}
+
+// The rows [begin, end) of left [rows, depth] times right [depth, columns].
+template <class Left, class Right, class Out>
+void multiply(const Left& left, const Right& right, const Out& out, int64_t begin, int64_t end, int64_t depth, int64_t columns) {
+  thread_local std::vector<Tile> lefts, rights;
+  const int64_t deep = (depth + DEPTH - 1) / DEPTH, blocks = (end - begin + SIDE - 1) / SIDE;
+  lefts.resize(blocks * deep);
+  rights.resize(CHUNK_COLUMNS / SIDE * deep);
+  in_memory_order<Left::by_depth>(blocks, deep, [&](int64_t m, int64_t k) {
+    left.by_rows(begin + m * SIDE, k * DEPTH, lefts[m * deep + k]);
+  });
+  Sums sums;
+  for (int64_t chunk = 0; chunk < columns; chunk += CHUNK_COLUMNS) {
+    const int64_t wide = (std::min(CHUNK_COLUMNS, columns - chunk) + SIDE - 1) / SIDE;
+    in_memory_order<Right::by_depth>(wide, deep, [&](int64_t n, int64_t k) {
+      right.by_words(chunk + n * SIDE, k * DEPTH, rights[n * deep + k]);
+    });
+    for (int64_t n = 0; n < wide; n += 2) {
+      const bool two = n + 1 < wide;
+      const Tile *b0 = &rights[n * deep], *b1 = two ? b0 + deep : b0;
+      for (int64_t m = 0; m < blocks; m += 2) {
+        const bool both = m + 1 < blocks;
+        const Tile *a0 = &lefts[m * deep], *a1 = both ? a0 + deep : a0;
+        sum_four(a0, a1, sizeof(Tile), 64, b0, b1, deep, both, two);
+        const int64_t row = begin + m * SIDE, column = chunk + n * SIDE;
+        _tile_stored(0, sums.at, 64); put(out, sums, row, end, column, columns);
+        if (two) { _tile_stored(1, sums.at, 64); put(out, sums, row, end, column + SIDE, columns); }
+        if (both) { _tile_stored(2, sums.at, 64); put(out, sums, row + SIDE, end, column, columns); }
+        if (both && two) { _tile_stored(3, sums.at, 64); put(out, sums, row + SIDE, end, column + SIDE, columns); }
+      }
+    }
+  }
+}
+
 bool allowed() {  // Linux asks every process for leave to use tiles (ARCH_REQ_XCOMP_PERM, XTILEDATA)
   static const bool granted = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
   return granted;

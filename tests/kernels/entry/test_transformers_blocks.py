@@ -17,7 +17,7 @@ from pico_models import MOE_COMMON
 from stock_block_cases import make_block, make_model, tokens
 
 import upcycle
-from upcycle.kernels.entry import few_tokens_block
+from upcycle.kernels.entry import whole_block
 from upcycle.kernels.entry.process_state import forget
 
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_5_moe_text", "olmoe", "flex_olmo", "mellum")
@@ -164,7 +164,7 @@ def test_no_weight_is_kept_alive(calls: list[Any]) -> None:
     del block
     gc.collect()
     assert held_block() is None
-    assert not few_tokens_block._looked_at
+    assert not whole_block._looked_at
 
 
 @needs_compiler

@@ -1,7 +1,7 @@
-"""A few tokens through a whole stock block by one call of compiled code, where that is what the block's own code would compute.
+"""Tokens through a whole stock block by one call of compiled code, where that is what the block's own code would compute.
 
-Between two tokens of a large model, the processor's caches have forgotten all of this: every object that is looked at takes about
-a microsecond, in every block.
+There is such code for a few tokens, and on processors with tiles (AMX) for many in bf16. Between two tokens of a large model, the
+processor's caches have forgotten all of this: every object that is looked at takes about a microsecond, in every block.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from upcycle.kernels.cpu.native.few_blocks import (
     few_blocks,
     few_blocks_output,
 )
+from upcycle.kernels.cpu.native.tile_blocks import tile_blocks, tile_blocks_output
 from upcycle.kernels.entry.choose_backend import CPU, chosen
 from upcycle.kernels.entry.stock_blocks import block_parts, block_rule, why_not_whole
 
@@ -32,7 +33,8 @@ class _Known(NamedTuple):
     """A block that was looked at, and the kernel for it, if it can be had."""
 
     state: list[object]
-    kernel: Function | None = None
+    few: Function | None = None
+    many: Function | None = None
     structure: BlockStructure | None = None
 
 
@@ -40,14 +42,17 @@ class _Known(NamedTuple):
 _looked_at: WeakKeyDictionary[Any, _Known] = WeakKeyDictionary()
 
 
-def few_tokens_output(block: Any, x: torch.Tensor) -> torch.Tensor | None:
+def whole_block_output(block: Any, x: torch.Tensor) -> torch.Tensor | None:
     """A block's output ``[B, T, H]`` for ``x`` of that shape; ``None`` where its own code must run.
 
-    That is where there are many tokens or gradients, on other devices, in dtypes other than fp32 and bf16, where somebody watches
-    a part of the block or all of torch, where the parts are not those that its class has, and without a compiler.
+    That is where there are gradients, or many tokens and no kernel for them, on other devices, in dtypes other than fp32 and bf16,
+    where somebody watches a part of the block or all of torch, where the parts are not those that its class has, and without
+    a compiler.
     """
-    few = type(x) is torch.Tensor and x.is_cpu and x.ndim == 3 and 0 < x.numel() <= MOST_TOKENS * x.shape[-1]
-    found = None if not few or _watched() else _state(block, x)
+    plain = type(x) is torch.Tensor and x.is_cpu and x.ndim == 3 and x.numel() > 0
+    many = plain and x.numel() > MOST_TOKENS * x.shape[-1]
+    taken = plain and (not many or (x.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()))
+    found = None if not taken or _watched() else _state(block, x)
     if found is None:
         return None
     state, weights = found
@@ -57,9 +62,10 @@ def few_tokens_output(block: Any, x: torch.Tensor) -> torch.Tensor | None:
     known = _looked_at.get(block)
     if known is None or known.state != state:
         known = _looked_at[block] = _look(block, x, state, BlockWeights(*weights))
-    if known.kernel is None or known.structure is None:
+    kernel, run = (known.many, tile_blocks_output) if many else (known.few, few_blocks_output)
+    if kernel is None or known.structure is None:
         return None
-    return few_blocks_output(known.kernel, known.structure, x)
+    return run(kernel, known.structure, x)
 
 
 def _state(block: Any, x: torch.Tensor) -> tuple[list[object], tuple[torch.Tensor, ...]] | None:
@@ -85,7 +91,7 @@ def _look(block: Any, x: torch.Tensor, state: list[object], weights: BlockWeight
     if not alike or why_not_whole(block) or chosen(x.device, x.dtype) != CPU:
         return _Known(state)
     structure = block_structure(weights, block_rule(block))
-    return _Known(state) if structure is None else _Known(state, few_blocks(), structure)
+    return _Known(state) if structure is None else _Known(state, few_blocks(), tile_blocks(structure), structure)
 
 
 def _watched() -> bool:
