@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Iterator
+from itertools import pairwise
+from operator import mul
 from typing import NamedTuple
 
 import torch
@@ -66,8 +68,9 @@ def tiled_pass(
         return None
     offsets: list[int] = dispatch.offsets.tolist()
     total = offsets[-1]
-    elements = sum((last - first) * width for first, last, width in zip(offsets, offsets[1:], weights.all_widths))
-    kept = recycled(x, weights.rows_per_neuron * elements if keep else 0)
+    counts = [last - first for first, last in pairwise(offsets)]
+    elements = weights.rows_per_neuron * sum(map(mul, counts, weights.all_widths)) if keep else 0
+    kept = recycled(x, elements)
     padded = -(-widest // DEPTH) * DEPTH
     h = recycled(x, (total + SIDE * weights.num_experts) * padded)
     experts = array("q")

@@ -1,8 +1,8 @@
 """Runs whole sparse blocks of stock transformers models on these kernels: router, experts, shared expert and their sum.
 
 A few tokens without gradients on a CPU, as when text is generated, are one call of compiled code, and so are many in bf16 on one with
-tiles (AMX): there, the many small operations of a block take longer than the products that a sparse model saves. Everything else is the block's own code, with its experts
-on the kernels (:mod:`upcycle.kernels.entry.transformers_experts`).
+tiles (AMX): there, the many small operations of a block take longer than the products that a sparse model saves. Everything else
+is the block's own code, with its experts on the kernels (:mod:`upcycle.kernels.entry.transformers_experts`).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from upcycle.kernels.entry.choose_backend import LEAN, NAME
-from upcycle.kernels.entry.whole_block import whole_block_output
 from upcycle.kernels.entry.stock_blocks import why_not_whole
 from upcycle.kernels.entry.transformers_experts import register_kernels, why_not_experts
+from upcycle.kernels.entry.whole_block import whole_block_output
 from upcycle.kernels.layout.plain_memory import is_subclass
 
 _log = logging.getLogger("upcycle.kernels")

@@ -21,7 +21,7 @@ from upcycle.kernels.cpu.native.few_blocks import (
     few_blocks,
     few_blocks_output,
 )
-from upcycle.kernels.cpu.native.tile_blocks import tile_blocks, tile_blocks_output
+from upcycle.kernels.cpu.tiled_blocks import tile_blocks, tile_blocks_output
 from upcycle.kernels.entry.choose_backend import CPU, chosen
 from upcycle.kernels.entry.stock_blocks import block_parts, block_rule, why_not_whole
 

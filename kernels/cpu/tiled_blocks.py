@@ -10,8 +10,9 @@ from upcycle.kernels.cpu.native.compile import Function, function
 from upcycle.kernels.cpu.native.few_blocks import BlockStructure
 from upcycle.kernels.cpu.native.tile_products import LARGEST_TILED
 from upcycle.kernels.cpu.recycled_memory import recycled
+from upcycle.kernels.cpu.tiled_pass import DEPTH, SIDE
 
-_SIDE, _DEPTH, _LINE = 16, 32, 64  # rows of a tile, numbers that it sums over, bytes that parts are aligned to
+_LINE = 64  # bytes that parts of memory are aligned to
 
 
 def tile_blocks(structure: BlockStructure) -> Function | None:
@@ -40,10 +41,10 @@ def _room(structure: BlockStructure, tokens: int) -> int:
     experts, shared = structure.num_experts, int(structure.shared_width > 0)
     rows = tokens * (structure.top_k + shared)
     floats = tokens * (structure.hidden + experts + 1) + 4 * rows
-    halves = (tokens * structure.top_k + _SIDE * experts) * _whole(structure.width)
-    halves += shared * (tokens + _SIDE) * _whole(structure.shared_width)
-    return 4 * floats + 2 * halves + _LINE * (experts + 16)
+    halves = (tokens * structure.top_k + SIDE * experts) * _whole(structure.width)
+    halves += shared * (tokens + SIDE) * _whole(structure.shared_width)
+    return int(4 * floats + 2 * halves + _LINE * (experts + 16))
 
 
 def _whole(width: int) -> int:
-    return int(-(-width // _DEPTH) * _DEPTH)
+    return int(-(-width // DEPTH) * DEPTH)
