@@ -74,6 +74,7 @@ def test_dense_and_moe_shapes_are_timed_in_both_implementations(
     configs = {"dense": config_of(folder), "moe": config_of(tmp_path / "moe")}
     found = measure_shapes(configs, prompt=16, batch=2, rounds=1, dtype=dtype)
     assert [model.dtype for model in made] == [dtype] * 2
+    assert all(weight.requires_grad for model in made for weight in model.parameters()), "torch copies frozen matrices"
     assert set(found) == {(name, how) for name in configs for how in (STOCK, OWN)}
     assert found["dense", STOCK] == found["dense", OWN], "it has no experts to compute"
     assert all(times.prefill > 0 and times.decode > 0 for times in found.values())

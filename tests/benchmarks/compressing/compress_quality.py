@@ -257,7 +257,8 @@ def main() -> int:
         report("what compressions lose", ("upcycle", "REAP"), verdicts(results)) if {"reap"} < {*options.methods} else 0
     )
     if options.out:
-        about = f"Of {options.model or model.name}: " + ", ".join(
+        ours = f"a MoE of 16 experts, 4 per token, trained on {options.train_tokens:,} tokens"
+        about = f"Of {options.model or ours}: " + ", ".join(
             f"{name} {value:.2f}" for name, value in dense.items()
         )
         made_by = command("compressing/compress_quality.py", sys.argv[1:])
