@@ -258,9 +258,7 @@ def main() -> int:
     )
     if options.out:
         ours = f"a MoE of 16 experts, 4 per token, trained on {options.train_tokens:,} tokens"
-        about = f"Of {options.model or ours}: " + ", ".join(
-            f"{name} {value:.2f}" for name, value in dense.items()
-        )
+        about = f"Of {options.model or ours}: " + ", ".join(f"{name} {value:.2f}" for name, value in dense.items())
         made_by = command("compressing/compress_quality.py", sys.argv[1:])
         title = f"# What compressions of {options.model or 'a trained MoE'} lose"
         head = f"{title}\n\n{about}; perplexities of the uncut model. By `{made_by}`."
