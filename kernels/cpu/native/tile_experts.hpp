@@ -30,7 +30,8 @@ struct Pass {
   uint16_t* out;  // [T, H], bf16
 };
 
-constexpr int64_t MOST_CACHED = 1 << 24;  // bytes of sums that are added to at a time: reading h again for other columns takes longer than a larger cache
+// Bytes of sums that are added to at a time: reading h again for other columns takes longer than a larger cache.
+constexpr int64_t MOST_CACHED = 1 << 24;
 
 inline int64_t whole(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 
