@@ -40,7 +40,7 @@ from upcycle.planning.projections import (
     with_entries,
 )
 from upcycle.planning.routing_rule import routing_facts, why_unequal
-from upcycle.planning.speed.predict import predicted_time
+from upcycle.planning.speed.predict import predicted_times
 from upcycle.planning.split_sizes import least_width, widths
 from upcycle.recipe.conversion_recipe import Recipe, RefitKind
 from upcycle.routers.base import Router
@@ -274,7 +274,7 @@ def _expert_plan(job: ExpertJob) -> Plan:
         kind=job.method.kind,
         warnings=[*_warnings(job, dense_total, active), *file_warnings(job.shards, job.recipe.max_shard_size)],
         shards=files_of(job.shards),
-        time=None if job.method.kind == "copies" else predicted_time(dense, shape, job.target.name),
+        time=None if job.method.kind == "copies" else predicted_times(dense, shape, job.target.name, job.dtype),
         routing=routing_facts(shape),
     )
 

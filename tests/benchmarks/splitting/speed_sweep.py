@@ -1,6 +1,6 @@
 """Times models of many shapes, dense and split, and fits what ``upcycle plan`` predicts times with.
 
-Few-layer stock models with random weights: as many layers as no cache holds. All models of one size run in turns, in fp32 on one
+Few-layer stock models with random weights: as many layers as no cache holds. All models of one size run in turns, in one dtype on one
 thread, by this process' own clock: 256 tokens are read, and single tokens written. Sparse blocks run by transformers'
 ``grouped_mm`` and by ``upcycle.use_kernels``.
 """
@@ -23,8 +23,9 @@ from measure import Row as MeasuredRow
 from measure import report
 
 from upcycle.evaluation.shape_speed import OWN, PROMPT, STOCK, measure_shapes
+from upcycle.kernels.cpu.products import fast_natively
 from upcycle.planning.speed.fit import errors, left_out, refitted
-from upcycle.planning.speed.table import TABLE
+from upcycle.planning.speed.table import TABLES
 from upcycle.planning.speed.work import HOWS, TIMED_PARTS
 from upcycle.version import __version__
 
@@ -114,10 +115,12 @@ def sparse_config(size: Size, block: Row) -> Config:
     }
 
 
-def timed(size: Size, rounds: int) -> Row:
+def timed(size: Size, rounds: int, dtype: torch.dtype) -> Row:
     """The table's entry for a size: milliseconds of reading the prompt and of writing a token."""
     models = list(shapes(size))
-    found = measure_shapes({str(number): config for number, (_, config) in enumerate(models)}, rounds=rounds)
+    found = measure_shapes(
+        {str(number): config for number, (_, config) in enumerate(models)}, rounds=rounds, dtype=dtype
+    )
     for number, (row, _) in enumerate(models):
         for how in (STOCK, OWN) if "experts" in row else (STOCK,):
             times = found[str(number), how]
@@ -158,14 +161,19 @@ def main() -> int:
     names = [size.name for size in SIZES]
     parser.add_argument("--sizes", nargs="*", choices=names, default=names, help="only these; the table keeps others")
     parser.add_argument("--rounds", type=int, default=3, help="how often each is timed, after once that does not count")
-    parser.add_argument("--table", type=Path, default=TABLE, help="the table to write (default: the package's)")
+    parser.add_argument("--dtype", choices=TABLES, default="float32", help="of weights and states")
+    parser.add_argument("--table", type=Path, help="the table to write (default: the package's of that dtype)")
     arguments = parser.parse_args()
+    arguments.table = arguments.table or TABLES[arguments.dtype]
     torch.set_num_threads(1)
+    if arguments.dtype == "bfloat16" and not fast_natively(torch.bfloat16):
+        sys.exit("this CPU computes bfloat16 in fp32: times of it say nothing about those that multiply it")
+    tiles = arguments.dtype == "bfloat16" and torch.cpu._is_amx_tile_supported()
     about = {
         "device": "cpu",
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "instructions": torch.backends.cpu.get_cpu_capability() + " and AMX" * tiles,
         "threads": 1,
-        "dtype": "float32",
+        "dtype": arguments.dtype,
         "prompt_tokens": PROMPT,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -177,7 +185,7 @@ def main() -> int:
     for size in SIZES:
         if size.name in arguments.sizes:
             table["sizes"] = [old for old in table["sizes"] if old["name"] != size.name]
-            table["sizes"].append({"name": size.name, **timed(size, arguments.rounds)})
+            table["sizes"].append({"name": size.name, **timed(size, arguments.rounds, getattr(torch, arguments.dtype))})
             print(f"{size.name}: timed", file=sys.stderr, flush=True)
             arguments.table.write_text(json.dumps(table))
     table.update(refitted(table))

@@ -27,6 +27,7 @@ from upcycle.planning.expert_job import ExpertJob
 from upcycle.planning.job import method_of
 from upcycle.planning.prepare_experts import prepare_experts
 from upcycle.planning.speed.predict import predicted_time
+from upcycle.planning.speed.table import committed
 from upcycle.progress import SILENT
 from upcycle.recipe.conversion_recipe import parse_recipe
 
@@ -48,7 +49,7 @@ def candidates_of(checkpoint: DenseCheckpoint, percents: list[int], layers: str 
     return found
 
 
-def print_predictions(candidates: list[Candidate], timing: Timing) -> None:
+def print_predictions(candidates: list[Candidate], timing: Timing, dtype: str) -> None:
     """Print what ``upcycle plan`` predicts beside what was measured, and how far it is off."""
     off = []
     for candidate in candidates:
@@ -57,7 +58,7 @@ def print_predictions(candidates: list[Candidate], timing: Timing) -> None:
         shape, target = job.shape, job.target.name
         if candidate.baseline:
             shape, target = replace(shape, experts=0, shared=1, expert_size=kept_neurons(candidate)), job.family.name
-        predicted = predicted_time(job.dense, shape, target)
+        predicted = predicted_time(job.dense, shape, target, committed(dtype))
         for how in (STOCK,) if candidate.baseline else (OWN, STOCK):
             for part, found in times[how].items():
                 said = predicted["relative"][how][part]
@@ -109,7 +110,7 @@ def main() -> int:
         f"{about['threads']} threads, {about['instructions']}, {about['dtype']}, batch {about['batch']}"
     )
     status = report(title, ("prefill", "decode"), rows)
-    print_predictions(candidates, timing)
+    print_predictions(candidates, timing, arguments.dtype)
     return status
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from upcycle.evaluation import shape_speed
 from upcycle.planning.speed.fit import errors, fit, left_out, refitted
-from upcycle.planning.speed.table import TABLE, committed, measurements
+from upcycle.planning.speed.table import TABLES, committed, measurements
 from upcycle.planning.speed.work import HOWS, PROMPT_READ, TIMED_PARTS, BlockShape, ModelShape, milliseconds, work
 
 
@@ -32,15 +32,17 @@ def made_up(seed: int = 0) -> tuple[dict[str, Any], dict[str, dict[str, float]]]
     return {"sizes": sizes}, truth
 
 
-def test_fitting_the_committed_times_gives_the_committed_numbers() -> None:
-    again = refitted(committed())
-    for each in measurements(committed()):
+@pytest.mark.parametrize("dtype", TABLES)
+def test_fitting_the_committed_times_gives_the_committed_numbers(dtype: str) -> None:
+    table = committed(dtype)
+    again = refitted(table)
+    for each in measurements(table):
         for part in TIMED_PARTS:
-            said = milliseconds(committed()["milliseconds"][part], each.shape, part, each.how)
+            said = milliseconds(table["milliseconds"][part], each.shape, part, each.how)
             assert said == pytest.approx(
                 milliseconds(again["milliseconds"][part], each.shape, part, each.how), rel=5e-3
             )
-    for kind, off in committed()["errors"].items():
+    for kind, off in table["errors"].items():
         assert again["errors"][kind] == pytest.approx(off, abs=5e-3)
 
 
@@ -68,18 +70,16 @@ def test_an_error_is_one_of_ratios_to_the_dense_parent() -> None:
     assert [each.ratio / 2 for each in left_out(table)] == pytest.approx(ratios)
 
 
-def test_no_amount_takes_negative_time() -> None:
-    assert all(value >= 0 for fitted in committed()["milliseconds"].values() for value in fitted.values())
-
-
-def test_what_is_committed_is_small_and_says_what_it_was_measured_on() -> None:
-    assert TABLE.stat().st_size < 50_000
-    about = committed()["about"]
-    assert (about["device"], about["threads"], about["dtype"]) == ("cpu", 1, "float32")
-    assert about["instructions"] in ("AVX2", "AVX512", "DEFAULT")
+@pytest.mark.parametrize("dtype", TABLES)
+def test_what_is_committed_is_small_and_says_what_it_was_measured_on(dtype: str) -> None:
+    assert all(value >= 0 for fitted in committed(dtype)["milliseconds"].values() for value in fitted.values())
+    assert TABLES[dtype].stat().st_size < 50_000
+    about = committed(dtype)["about"]
+    assert (about["device"], about["threads"], about["dtype"]) == ("cpu", 1, dtype)
+    assert about["instructions"] in ("AVX2", "AVX512", "DEFAULT", "AVX512 and AMX")
     assert (about["prompt_tokens"], HOWS) == (PROMPT_READ, (shape_speed.STOCK, shape_speed.OWN))
     assert shape_speed.PROMPT == PROMPT_READ
-    assert committed()["errors"]["without_size"]["median"] < 0.1
+    assert committed(dtype)["errors"]["without_size"]["median"] < 0.1
 
 
 def test_work_grows_with_what_is_run_and_not_with_what_is_idle() -> None:

@@ -136,6 +136,11 @@ def test_what_plan_prints() -> None:
     about = committed()["about"]
     assert "with upcycle's kernels;" in printed
     assert f"(predicted for 1 thread of a CPU with {about['instructions']}, float32; off by " in printed
+    assert time["bfloat16"]["dtype"] == "bfloat16", "in which it is stored"
+    assert time["bfloat16"]["relative"] != time["relative"]
+    assert f"(predicted for 1 thread of a CPU with {time['bfloat16']['instructions']}, bfloat16; off by " in printed
+    full = upcycle.plan("demo", method="random_split", active=0.5, calibration="demo", dtype="float32").as_dict()
+    assert "bfloat16" not in full["time"]
     pruned = CliRunner().invoke(
         cli, ["plan", "demo", "--method", "static_prune", "--active", "0.5", "--calibration", "demo"]
     )

@@ -11,7 +11,7 @@ JSON_KEYS = {
     "flops_per_token kind summary warnings shards time routing",
     "init": "out recipe remarks commands plan",
     "plan forecast": "seconds phases unknown",
-    "plan time": "relative device instructions threads dtype prompt_tokens torch transformers error_median error_worst",
+    "plan time": "relative device instructions threads dtype prompt_tokens torch transformers error_median error_worst bfloat16",
     "plan train": "kind world ranks device parameters parameters_active flops_per_token steps tokens options own recommended "
     "refused warnings command",
     "plan train options": "zero expert_parallel fits memory communication speed",

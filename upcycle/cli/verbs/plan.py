@@ -172,6 +172,9 @@ def _costs(plan: Any, reference: str) -> list[tuple[str, str]]:
     """Return what the result takes to run and to store, and what making it takes."""
     ratio = plan.flops_per_token / plan.flops_per_token_dense
     time = [("time", _time(plan.time))] if plan.time else []
+    time += [
+        ("", _time(stored)) for stored in (plan.time or {}).values() if isinstance(stored, dict) and "device" in stored
+    ]
     files = f"{len(plan.shards)} file{'s' * (len(plan.shards) > 1)}"
     return [
         (

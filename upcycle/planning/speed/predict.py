@@ -8,13 +8,24 @@ from typing import Any
 from upcycle.architectures.dense_config import DenseConfig, Feature
 from upcycle.architectures.moe.softmax.qwen2_moe import Qwen2Moe, shared_size
 from upcycle.ffn.moe_shape import MoeShape
-from upcycle.planning.speed.table import MeasuredModel, committed, measurements
+from upcycle.planning.speed.table import TABLES, MeasuredModel, committed, measurements
 from upcycle.planning.speed.work import HOWS, TIMED_PARTS, BlockShape, ModelShape, milliseconds
 
 # Targets whose sparse blocks consist of the measured products: a softmax router, equal experts, at most one shared expert.
 _MEASURED_ALIKE = ("mixtral", "qwen2_moe", "qwen3_moe", "mellum", "flex_olmo")
 _OTHER_LAYERS = {Feature.CONVOLUTIONS, Feature.GATED_ATTENTION, Feature.PARALLEL_BLOCK}
 _ABOUT = ("device", "instructions", "threads", "dtype", "prompt_tokens", "torch", "transformers")
+
+
+def predicted_times(dense: DenseConfig, shape: MoeShape, target: str, dtype: str) -> dict[str, Any]:
+    """Return :func:`predicted_time` in fp32, and, of a model whose experts are stored in another dtype that was timed, in that one.
+
+    The latter stands under the dtype's name. It is of a CPU that multiplies such numbers itself; others compute them in fp32.
+    """
+    found = predicted_time(dense, shape, target)
+    if "unknown" in found or dtype == found["dtype"] or dtype not in TABLES:
+        return found
+    return {**found, dtype: predicted_time(dense, shape, target, committed(dtype))}
 
 
 def predicted_time(

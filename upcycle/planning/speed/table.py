@@ -11,7 +11,8 @@ from typing import Any
 from upcycle.files.formats.parsing import read_json
 from upcycle.planning.speed.work import HOWS, TIMED_PARTS, BlockShape, ModelShape, TimedPart
 
-TABLE = Path(__file__).with_name("cpu.json")
+# By the dtype of weights and states; 16-bit ones were timed on a CPU that multiplies them itself.
+TABLES = {"float32": Path(__file__).with_name("cpu.json"), "bfloat16": Path(__file__).with_name("cpu_bfloat16.json")}
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ class MeasuredModel:
 
 
 @cache
-def committed() -> dict[str, Any]:
-    """Return the content of the table that comes with the package."""
-    return read_json(TABLE)
+def committed(dtype: str = "float32") -> dict[str, Any]:
+    """Return the content of the table of a dtype that comes with the package."""
+    return read_json(TABLES[dtype])
 
 
 def measurements(table: Mapping[str, Any]) -> Iterator[MeasuredModel]:
