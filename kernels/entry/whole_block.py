@@ -1,7 +1,8 @@
 """Tokens through a whole stock block by one call of compiled code, where that is what the block's own code would compute.
 
-There is such code for a few tokens, and on processors with tiles (AMX) for many in bf16. Between two tokens of a large model, the
-processor's caches have forgotten all of this: every object that is looked at takes about a microsecond, in every block.
+There is such code for a few tokens, for many in fp32, and on processors with tiles (AMX) for many in bf16. Between two tokens of a
+large model, the processor's caches have forgotten all of this: every object that is looked at takes about a microsecond, in every
+block.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.nn.modules import module as torch_modules
 
+from upcycle.kernels.cpu.many_tokens import ManyTokens, many_tokens, many_tokens_output
 from upcycle.kernels.cpu.native.compile import Function
 from upcycle.kernels.cpu.native.few_blocks import (
     MOST_TOKENS,
@@ -21,7 +23,6 @@ from upcycle.kernels.cpu.native.few_blocks import (
     few_blocks,
     few_blocks_output,
 )
-from upcycle.kernels.cpu.tiled_blocks import tile_blocks, tile_blocks_output
 from upcycle.kernels.entry.choose_backend import CPU, chosen
 from upcycle.kernels.entry.stock_blocks import block_parts, block_rule, why_not_whole
 
@@ -34,7 +35,7 @@ class _Known(NamedTuple):
 
     state: list[object]
     few: Function | None = None
-    many: Function | None = None
+    many: ManyTokens | None = None
     structure: BlockStructure | None = None
 
 
@@ -50,9 +51,7 @@ def whole_block_output(block: Any, x: torch.Tensor) -> torch.Tensor | None:
     a compiler.
     """
     plain = type(x) is torch.Tensor and x.is_cpu and x.ndim == 3 and x.numel() > 0
-    many = plain and x.numel() > MOST_TOKENS * x.shape[-1]
-    taken = plain and (not many or (x.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()))
-    found = None if not taken or _watched() else _state(block, x)
+    found = None if not plain or _watched() else _state(block, x)
     if found is None:
         return None
     state, weights = found
@@ -62,10 +61,11 @@ def whole_block_output(block: Any, x: torch.Tensor) -> torch.Tensor | None:
     known = _looked_at.get(block)
     if known is None or known.state != state:
         known = _looked_at[block] = _look(block, x, state, BlockWeights(*weights))
-    kernel, run = (known.many, tile_blocks_output) if many else (known.few, few_blocks_output)
-    if kernel is None or known.structure is None:
+    if known.structure is None:
         return None
-    return run(kernel, known.structure, x)
+    if x.numel() > MOST_TOKENS * x.shape[-1]:
+        return None if known.many is None else many_tokens_output(known.many, x)
+    return None if known.few is None else few_blocks_output(known.few, known.structure, x)
 
 
 def _state(block: Any, x: torch.Tensor) -> tuple[list[object], tuple[torch.Tensor, ...]] | None:
@@ -91,7 +91,7 @@ def _look(block: Any, x: torch.Tensor, state: list[object], weights: BlockWeight
     if not alike or why_not_whole(block) or chosen(x.device, x.dtype) != CPU:
         return _Known(state)
     structure = block_structure(weights, block_rule(block))
-    return _Known(state) if structure is None else _Known(state, few_blocks(), tile_blocks(structure), structure)
+    return _Known(state) if structure is None else _Known(state, few_blocks(), many_tokens(structure), structure)
 
 
 def _watched() -> bool:

@@ -15,10 +15,6 @@
 
 #include "vectors.hpp"
 
-#ifdef __FMA__
-#include <immintrin.h>
-#endif
-
 namespace {
 
 constexpr int64_t WORTH_A_THREAD = 1 << 16;  // products: fewer are not worth waking another thread
@@ -32,19 +28,6 @@ inline Floats lanes(const bfloat16* at) {
   return reinterpret_cast<Floats>(__builtin_convertvector(*reinterpret_cast<const Halves*>(at), Words) << 16);
 }
 
-// a b + c, rounded once where the processor can: told, or a compiler would here and there only, and bits would differ.
-inline Floats fused(Floats a, Floats b, Floats c) {
-#if defined(__AVX512F__)
-  return reinterpret_cast<Floats>(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
-#elif defined(__FMA__)
-  return reinterpret_cast<Floats>(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));
-#elif defined(__ARM_FEATURE_FMA)
-  for (int lane = 0; lane < LANES; ++lane) c[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
-  return c;
-#else
-  return a * b + c;
-#endif
-}
 
 // The first `count` lanes from there, and zeros: what is past the end is not read.
 template <class Number>

@@ -32,7 +32,7 @@ void products(const uint16_t* x, const void* matrix, int64_t tokens, int64_t row
 
 }  // namespace
 
-// The output [T, H] of a block for contiguous x [T, H]. `room` is memory as tiled_blocks.py counts it. Returns 1 where there are no tiles,
+// The output [T, H] of a block for contiguous x [T, H]. `room` is memory as many_tokens.py counts it. Returns 1 where there are no tiles,
 // or for an activation that is not here.
 extern "C" int upcycle_tile_blocks(const void* block, const void* x, void* out, int64_t tokens, void* memory, int threads) {
   const Block& layer = *static_cast<const Block*>(block);
