@@ -1,4 +1,4 @@
-"""The kernels for many tokens through a whole sparse block on a CPU: ``wide_blocks.cpp`` in fp32, ``tile_blocks.cpp`` in bf16 with tiles.
+"""The kernels for many tokens through a whole block on a CPU: ``wide_blocks.cpp`` in fp32, ``tile_blocks.cpp`` in bf16 with tiles.
 
 Tiles are AMX's. T tokens, E experts, H hidden, I width.
 """
